@@ -1,0 +1,380 @@
+"""The whole configuration of a run, and every check that needs more than one section.
+
+Each section's dataclass lives beside the code that reads it and judges its own values (``problems()``); this file
+composes them and judges how they go together. Nothing here starts a process group or allocates a weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.config import DataConfig
+from models import config_from_hf_folder
+from models.config import ModelConfig
+from parallel.config import EngineConfig
+from trainer.logging.config import LogConfig
+from trainer.optim import OptimConfig
+from trainer.problems import Problem, format_problems, nearest
+from trainer.stages.base import StageConfig
+
+__all__ = ["Machine", "Problem", "RunConfig", "RunSection", "check", "format_problems", "ignored"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+MAY_DIFFER_FROM_FOLDER = ("family", "rope", "max_seq_len", "sliding_window", "init_std")
+"""Model fields that change no tensor of a checkpoint: a longer context or another window is a choice, not a mistake."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """How long to train, where the run lives, and what is kept of it."""
+
+    name: str | None = None
+    """Folder of this run under run.dir; null = stage, model and time of the start."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: int = 0
+    """Seed of fresh weights, sample order, held-out split and random channels."""
+    steps: int | None = None
+    """Optimizer steps to train; give this or run.epochs."""
+    epochs: float | None = None
+    """Passes over the training rows; give this or run.steps."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are removed after a newer one is whole."""
+    eval_every: int = 0
+    """Steps between held-out evaluations; 0 = only at the end, when there is held-out data."""
+    resume: str = "auto"
+    """auto = go on from the latest checkpoint of this run if there is one, never, or a checkpoint folder."""
+    threads: int | None = None
+    """Intra-op CPU threads of each process; null leaves torch's choice."""
+    hang_timeout: float = 600.0
+    """Seconds a process may wait for the others before the job ends with a message."""
+
+    def problems(self) -> list[tuple[str, object, str, str]]:
+        """Values wrong in themselves, as (key, value, reason, way out)."""
+        name_good = self.name is None or (bool(self.name) and not set(self.name) & set("/\\") and self.name[0] != ".")
+        rules = [
+            (
+                "name",
+                name_good,
+                "is one folder name: no slash, no leading dot",
+                "run.name=my_run, with run.dir for the place",
+            ),
+            ("seed", self.seed >= 0, "cannot be negative", "run.seed=0"),
+            ("steps", self.steps is None or self.steps > 0, "must be at least 1", "run.steps=1"),
+            ("epochs", self.epochs is None or self.epochs > 0, "must be above 0", "run.epochs=1"),
+            ("save_every", self.save_every >= 0, "cannot be negative", "run.save_every=0 saves only at the end"),
+            ("keep_last", self.keep_last >= 1, "the latest checkpoint is always kept", "run.keep_last=1"),
+            ("eval_every", self.eval_every >= 0, "cannot be negative", "run.eval_every=0 evaluates only at the end"),
+            ("resume", bool(self.resume), "is empty", "run.resume=auto"),
+            ("threads", self.threads is None or self.threads > 0, "must be at least 1", "run.threads=1"),
+            ("hang_timeout", self.hang_timeout > 0, "must be above 0 seconds", "run.hang_timeout=600"),
+        ]
+        return [(f"run.{key}", getattr(self, key), why, way) for key, good, why, way in rules if not good]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: every section, as composed by Hydra and typed by ``trainer.door.load``."""
+
+    model: ModelConfig
+    """Sizes of the model (conf/model)."""
+    stage: StageConfig
+    """What is trained for (conf/stage)."""
+    data: DataConfig
+    """Sources, tokens and batches (conf/data)."""
+    engine: EngineConfig
+    """How a step is carried out (conf/engine)."""
+    optim: OptimConfig
+    """Optimizer and schedule (conf/optim)."""
+    log: LogConfig
+    """Where the numbers go (conf/log)."""
+    run: RunSection
+    """Length, place and seed of the run (conf/run)."""
+    init_from: str | None = None
+    """Hugging Face folder to start from; null draws fresh weights from run.seed."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process finds around it, as far as the checks need it."""
+
+    gpu: bool
+    flash_attn: bool
+
+    @staticmethod
+    def here() -> Machine:
+        """The machine of this process; allocates nothing on a device."""
+        return Machine(torch.cuda.is_available(), importlib.util.find_spec("flash_attn") is not None)
+
+
+def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> list[Problem]:
+    """Every problem of the configuration at once; empty when the run may start.
+
+    ``world_size`` is the number of data-parallel processes. Reads only the file system; cheap enough for every rank.
+    """
+    machine = machine or Machine.here()
+    found = [Problem(*row) for row in own_problems(cfg)]
+    told = {problem.key for problem in found}
+    for rule in (_batch, _length, _training_length, _schedule, _stage, _start, _tokenizer, _sources, _resume):
+        found += [problem for problem in rule(cfg, world_size) if problem.key not in told]
+    return found + _engine(cfg, machine)
+
+
+def own_problems(cfg: RunConfig) -> list[tuple[str, object, str, str]]:
+    """What each section says of its own values, with keys written in full (``model.num_heads``)."""
+    rows: list[tuple[str, object, str, str]] = []
+    for name in ("model", "data", "engine", "optim", "log", "run"):
+        for key, value, reason, way_out in getattr(cfg, name).problems():
+            rows.append((key if key.startswith(f"{name}.") else f"{name}.{key}", value, reason, way_out))
+    return rows
+
+
+def _batch(cfg: RunConfig, world_size: int) -> list[Problem]:
+    rows, micro = cfg.data.global_batch_rows, cfg.data.micro_batch_rows
+    if rows < 1 or micro < 1 or rows % (micro * world_size) == 0:
+        return []
+    unit = micro * world_size
+    below, above = rows // unit * unit, -(-rows // unit) * unit
+    ways = [f"data.global_batch_rows={n}" for n in (below, above) if n > 0]
+    if rows % world_size == 0:
+        per_rank = rows // world_size
+        ways.append(f"data.micro_batch_rows={max(m for m in range(1, min(micro, per_rank) + 1) if per_rank % m == 0)}")
+    reason = (
+        f"is not a multiple of data.micro_batch_rows x processes = {micro} x {world_size} = {unit}, "
+        "so the rows of one step cannot be shared out evenly"
+    )
+    return [Problem("data.global_batch_rows", rows, reason, " or ".join(ways))]
+
+
+def _length(cfg: RunConfig, world_size: int) -> list[Problem]:
+    most = cfg.model.max_seq_len
+    if cfg.data.seq_len <= most:
+        return []
+    reason = f"is longer than the model's positions reach: model.max_seq_len={most}"
+    way = f"data.seq_len={most}, or extend the model: model.max_seq_len={cfg.data.seq_len} with a model.rope scaling"
+    return [Problem("data.seq_len", cfg.data.seq_len, reason, way)]
+
+
+def _training_length(cfg: RunConfig, world_size: int) -> list[Problem]:
+    if (cfg.run.steps is None) != (cfg.run.epochs is None):
+        return []
+    if cfg.run.steps is None:
+        return [
+            Problem(
+                "run.steps",
+                None,
+                "neither run.steps nor run.epochs says how long to train",
+                "run.steps=100 or run.epochs=1",
+            )
+        ]
+    reason = f"run.epochs={cfg.run.epochs:g} is given too, and only one of them can say when to stop"
+    return [Problem("run.steps", cfg.run.steps, reason, "run.epochs=null or run.steps=null")]
+
+
+def _schedule(cfg: RunConfig, world_size: int) -> list[Problem]:
+    optim, steps, found = cfg.optim, cfg.run.steps, []
+    if optim.schedule == "wsd" and optim.decay_steps == 0:
+        tail = max(1, (steps or 1000) // 10)
+        reason = "optim.schedule=wsd ends in a decay and needs its length"
+        found.append(Problem("optim.decay_steps", 0, reason, f"optim.decay_steps={tail}"))
+    if steps is None or steps < 1:
+        return found
+    if optim.warmup_steps >= steps:
+        reason = f"the warm-up fills the whole run of run.steps={steps}, so the rate never leaves it"
+        found.append(Problem("optim.warmup_steps", optim.warmup_steps, reason, f"optim.warmup_steps={steps // 10}"))
+    elif optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
+        reason = f"with optim.warmup_steps={optim.warmup_steps} it is longer than run.steps={steps}"
+        way = f"optim.decay_steps={steps - optim.warmup_steps}"
+        found.append(Problem("optim.decay_steps", optim.decay_steps, reason, way))
+    return found
+
+
+def _stage(cfg: RunConfig, world_size: int) -> list[Problem]:
+    if cfg.stage.name == "pretrain" and cfg.stage.loss_on == "assistant":
+        reason = "pretraining reads plain text, in which no token belongs to an assistant"
+        return [Problem("stage.loss_on", "assistant", reason, "stage.loss_on=all, or stage=sft for conversations")]
+    return []
+
+
+def folder_problem(init_from: str) -> Problem | None:
+    """Why a folder cannot be started from: missing, or without config, weights or a family we know."""
+    folder = Path(init_from)
+    if not folder.is_dir():
+        reason = "is a file, not a folder" if folder.exists() else "there is no such folder"
+        return Problem("init_from", init_from, reason, _nearby(folder) or "the path of a Hugging Face model folder")
+    if not (folder / "config.json").is_file():
+        way = "a folder as written by save_pretrained: config.json beside the weights"
+        return Problem("init_from", init_from, "holds no config.json", way)
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        way = "a folder as written by save_pretrained: model.safetensors beside config.json"
+        return Problem("init_from", init_from, f"holds no weights (none of {', '.join(WEIGHT_FILES)})", way)
+    try:
+        config_from_hf_folder(init_from)
+    except ValueError as err:
+        return Problem("init_from", init_from, str(err), "a folder of a supported family")
+    return None
+
+
+def _start(cfg: RunConfig, world_size: int) -> list[Problem]:
+    if cfg.init_from is None:
+        return []
+    wrong = folder_problem(cfg.init_from)
+    if wrong is not None:
+        return [wrong]
+    theirs = config_from_hf_folder(cfg.init_from)
+    fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in MAY_DIFFER_FROM_FOLDER]
+    differ = [name for name in fields if getattr(cfg.model, name) != getattr(theirs, name)]
+    if not differ:
+        return []
+    pairs = ", ".join(
+        f"model.{n} is {getattr(cfg.model, n)} against {getattr(theirs, n)} in the folder" for n in differ
+    )
+    return [
+        Problem(
+            "init_from",
+            cfg.init_from,
+            f"its config.json is another model: {pairs}",
+            "model=hf reads the sizes from the folder",
+        )
+    ]
+
+
+def _tokenizer(cfg: RunConfig, world_size: int) -> list[Problem]:
+    found = []
+    path = cfg.data.tokenizer or cfg.init_from
+    key = "data.tokenizer" if cfg.data.tokenizer else "init_from"
+    if path is None:
+        reason = "no tokenizer is named, and without init_from there is no folder to take it from"
+        found.append(Problem("data.tokenizer", None, reason, "data.tokenizer=FOLDER with a tokenizer.json"))
+    elif not Path(path).exists():
+        if cfg.data.tokenizer:  # a missing init_from is told by its own rule
+            reason, way = "there is no such folder", _nearby(Path(path)) or "a folder with a tokenizer.json"
+            found.append(Problem(key, path, reason, way))
+    elif Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        reason = f"holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})"
+        found.append(Problem(key, path, reason, "data.tokenizer=FOLDER with a tokenizer.json"))
+    template = cfg.data.chat_template
+    if template is not None and not Path(template).is_file():
+        way = _nearby(Path(template)) or "data.chat_template=null uses the tokenizer's own template"
+        found.append(Problem("data.chat_template", template, "there is no such file", way))
+    return found
+
+
+def _sources(cfg: RunConfig, world_size: int) -> list[Problem]:
+    found = []
+    for name in ("sources", "eval_sources"):
+        for i, source in enumerate(getattr(cfg.data, name)):
+            key, path = f"data.{name}[{i}].path", source.path
+            if Path(path).exists() or (glob.has_magic(path) and glob.glob(path, recursive=True)):
+                continue
+            reason = "the pattern matches no file" if glob.has_magic(path) else "there is no such file or folder"
+            found.append(
+                Problem(key, path, reason, _nearby(Path(path)) or "a path relative to where the run is started")
+            )
+    return found
+
+
+def _resume(cfg: RunConfig, world_size: int) -> list[Problem]:
+    path = cfg.run.resume
+    if path in ("auto", "never") or not path or Path(path).is_dir():
+        return []
+    words = nearest(path, ("auto", "never"))
+    way = f"run.resume={words[0]}" if words else _nearby(Path(path)) or "run.resume=auto, never or a checkpoint folder"
+    return [Problem("run.resume", path, "there is no such checkpoint folder", way)]
+
+
+def _engine(cfg: RunConfig, machine: Machine) -> list[Problem]:
+    if cfg.engine.attention != "flash_attn":
+        return []
+    lacks = []
+    if not machine.gpu:
+        lacks.append("a GPU")
+    if not machine.flash_attn:
+        lacks.append("the flash-attn package")
+    if cfg.engine.precision == "fp32":
+        lacks.append("engine.precision=bf16 or fp16")
+    if not lacks:
+        return []
+    reason = f"flash attention needs {', '.join(lacks)}"
+    return [Problem("engine.attention", "flash_attn", reason, "engine.attention=sdpa")]
+
+
+def ignored(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
+    """Settings that were given but change nothing in this run, or cost much here; one sentence each, to warn with.
+
+    A setting counts as given when it differs from its dataclass default.
+    """
+    machine = machine or Machine.here()
+    optim, run, data, steps = cfg.optim, cfg.run, cfg.data, cfg.run.steps
+    has_eval = bool(data.eval_sources) or data.eval_fraction > 0
+    rows = [
+        (
+            optim.decay_steps != 0 and optim.schedule != "wsd",
+            f"optim.decay_steps={optim.decay_steps} is ignored: only optim.schedule=wsd has a separate decay",
+        ),
+        (
+            _given(optim, "min_lr_ratio") and optim.schedule == "constant",
+            f"optim.min_lr_ratio={optim.min_lr_ratio:g} is ignored: optim.schedule=constant never falls",
+        ),
+        (
+            _given(run, "keep_last") and run.save_every == 0,
+            f"run.keep_last={run.keep_last} is ignored: with run.save_every=0 one checkpoint is written, at the end",
+        ),
+        (
+            run.eval_every > 0 and not has_eval,
+            f"run.eval_every={run.eval_every} is ignored: no data is held out (data.eval_fraction, data.eval_sources)",
+        ),
+        (
+            steps is not None and run.save_every > steps,
+            f"run.save_every={run.save_every} is never reached in run.steps={steps}; "
+            "the checkpoint is written at the end",
+        ),
+        (
+            steps is not None and has_eval and run.eval_every > steps,
+            f"run.eval_every={run.eval_every} is never reached in run.steps={steps}; evaluation runs at the end",
+        ),
+        (
+            data.chat_template is not None and cfg.stage.name == "pretrain",
+            "data.chat_template is ignored: stage.name=pretrain applies no template to text",
+        ),
+        (
+            data.random_channels > 0 and any(s.channel or s.channel_field for s in data.sources),
+            "the channels named in data.sources are ignored: "
+            f"data.random_channels={data.random_channels} draws them at random",
+        ),
+        (
+            cfg.log.wandb == "disabled" and (_given(cfg.log, "project") or _given(cfg.log, "entity")),
+            "log.project and log.entity are ignored: log.wandb=disabled",
+        ),
+        (
+            cfg.engine.precision != "fp32" and not machine.gpu,
+            f"engine.precision={cfg.engine.precision} on a CPU is correct but slow "
+            "(6 to 16 times slower than fp32 where this was measured); engine.precision=fp32 is the fast choice here",
+        ),
+    ]
+    return [text for applies, text in rows if applies]
+
+
+def _given(section: object, name: str) -> bool:
+    """Whether a field differs from its dataclass default."""
+    return getattr(section, name) != getattr(type(section), name)  # a dataclass default is a class attribute
+
+
+def _nearby(path: Path) -> str | None:
+    """The existing path spelled most like a missing one, or the command that makes it; None when there is neither."""
+    if path.parts[:1] == ("assets",):
+        return "python scripts/prepare_quickstart.py makes the quickstart's model and data"
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        path, parent = parent, parent.parent
+    close = nearest(path.name, (p.name for p in parent.iterdir()), limit=1) if parent.is_dir() else []
+    return str(parent / close[0]) if close else None

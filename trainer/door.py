@@ -1,0 +1,90 @@
+"""The door between Hydra and the code: behind it there are only frozen dataclasses, no DictConfig and no unread key.
+
+``preflight`` judges the command line before Hydra, ``load`` types what Hydra composed, ``trainer.config.check`` judges
+how the sections go together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from models import config_from_hf_folder
+from trainer import overrides, typed
+from trainer.config import RunConfig, folder_problem
+from trainer.overrides import strip_launcher_args
+from trainer.problems import Problem, format_problems
+
+__all__ = ["load", "preflight", "strip_launcher_args"]
+
+EXAMPLES = {
+    "data.sources": "'data.sources=[{path: chats.jsonl, channel: chat}]'",
+    "data.eval_sources": "'data.eval_sources=[{path: held_out.jsonl, channel: chat}]'",
+    "optim.betas": "'optim.betas=[0.9,0.95]'",
+}
+"""How to give the keys whose type alone does not show it."""
+CONTEXT_FIELDS = ("max_seq_len", "rope", "sliding_window")
+"""Fields a user may change on top of a folder's config: they change no tensor."""
+
+
+def preflight(argv: Sequence[str]) -> None:
+    """Check the command line, without the program's name, before Hydra reads it.
+
+    Raises:
+        ValueError: one message with every malformed word and every unknown group, option or key.
+    """
+    overrides.preflight(argv, typed.keys(RunConfig))
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """The composed config as a ``RunConfig``, every field of the declared type.
+
+    ``model.family: auto`` (conf/model/hf.yaml) takes the model section from ``init_from/config.json``.
+
+    Raises:
+        ValueError: one message with every unknown, missing or mistyped key.
+    """
+    try:
+        tree = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as err:
+        raise ValueError(f"A reference in the configuration leads nowhere: {err}") from err
+    assert isinstance(tree, dict)
+    problems: list[Problem] = []
+    plain = {str(key): value for key, value in tree.items()}
+    model = plain.get("model")
+    if isinstance(model, Mapping) and model.get("family") == "auto":
+        plain["model"] = _model_of_folder(plain.get("init_from"), model, problems)
+    typing: list[Problem] = []
+    run = typed.build(RunConfig, plain, "", typing, EXAMPLES)
+    folder_refused = bool(problems) and not plain["model"]
+    problems += [problem for problem in typing if not (folder_refused and problem.key.startswith("model."))]
+    if problems:
+        raise ValueError(format_problems(problems))
+    assert run is not None
+    return run
+
+
+def _model_of_folder(init_from: object, given: Mapping[object, object], problems: list[Problem]) -> dict[str, object]:
+    """The model section read from a Hugging Face folder, with the user's changes on top; empty when refused."""
+    if not isinstance(init_from, str):
+        reason = "takes its sizes from the config.json of init_from, which is not given"
+        problems.append(Problem("model.family", "auto", reason, "init_from=HF_FOLDER, or another model=..."))
+        return {}
+    wrong = folder_problem(init_from)
+    if wrong is not None:
+        problems.append(wrong)
+        return {}
+    theirs = dataclasses.asdict(config_from_hf_folder(init_from))
+    for name, value in given.items():
+        if name == "family" or value is None or theirs.get(str(name)) == value:
+            continue
+        if name in theirs and name not in CONTEXT_FIELDS:
+            reason = f"the weights in {init_from} were made with {theirs[str(name)]}"
+            way = f"leave it out; only {', '.join(f'model.{field}' for field in CONTEXT_FIELDS)} may differ"
+            problems.append(Problem(f"model.{name}", value, reason, way))
+            continue
+        theirs[str(name)] = value  # an unknown name goes on to the typed door, which refuses it with a suggestion
+    return theirs

@@ -1,0 +1,322 @@
+"""The command line, read before Hydra reads it, so that a slip of the pen gets an answer in the user's terms.
+
+Hydra refuses unknown keys, groups and options itself, one at a time and in its own words; ``preflight`` finds them all
+first. It imports neither torch nor any room.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.problems import Problem, format_problems, nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+PLAIN_FLAGS = ("--resolve", "--run", "-r", "--multirun", "-m")
+ASKING_FLAGS = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+    "--experimental-rerun",
+)
+LAYOUT_WORDS = ("tp", "pp", "vpp", "cp", "ep", "dp", "tensor_parallel", "pipeline_parallel", "context_parallel")
+CLOSE = 0.65
+"""Likeness, as difflib counts it, from which a suggestion helps more than it puzzles."""
+ALIASES = {
+    "learning_rate": "optim.lr",
+    "max_grad_norm": "optim.clip",
+    "clip_grad": "optim.clip",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup": "optim.warmup_steps",
+    "adam_beta1": "optim.betas",
+    "wd": "optim.weight_decay",
+    "batch_size": "data.global_batch_rows",
+    "global_batch_size": "data.global_batch_rows",
+    "train_batch_size": "data.global_batch_rows",
+    "gradient_accumulation_steps": "data.global_batch_rows",
+    "micro_batch_size": "data.micro_batch_rows",
+    "per_device_train_batch_size": "data.micro_batch_rows",
+    "max_seq_length": "data.seq_len",
+    "max_length": "data.seq_len",
+    "seq_length": "data.seq_len",
+    "path": "data.sources",
+    "dataset": "data.sources",
+    "max_steps": "run.steps",
+    "train_iters": "run.steps",
+    "num_train_epochs": "run.epochs",
+    "output_dir": "run.dir",
+    "save_steps": "run.save_every",
+    "save_total_limit": "run.keep_last",
+    "eval_steps": "run.eval_every",
+    "resume_from_checkpoint": "run.resume",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "dtype": "engine.precision",
+    "zero_stage": "engine.zero",
+    "gradient_checkpointing": "engine.recompute",
+    "activation_checkpointing": "engine.recompute",
+    "attn_implementation": "engine.attention",
+    "logging_steps": "log.every",
+    "report_to": "log.wandb",
+    "model_name_or_path": "init_from",
+    "pretrained": "init_from",
+    "checkpoint": "init_from",
+}
+"""What other trainers call our keys; read only to answer a key that does not exist."""
+
+
+def strip_launcher_args(argv: Sequence[str]) -> list[str]:
+    """``argv`` without the ``--local_rank`` that the deepspeed launcher adds; ranks come from the environment."""
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in ("--local_rank", "--local-rank"):
+            next(words, None)
+        elif not word.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(word)
+    return kept
+
+
+def preflight(argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CONF) -> None:
+    """Check the command line (without the program's name) against the config it will be composed into.
+
+    ``declared`` are the keys the dataclasses have (``typed.keys``), so that one which the chosen YAML leaves at its
+    default is told from one that does not exist. Returns at once for flags that only ask (``--help``, ``--info`` ...). Values are not judged here: that is the
+    typed door's work, once Hydra has composed them.
+
+    Raises:
+        ValueError: naming every word that is malformed, or names no group, option or key, each with the nearest one.
+    """
+    argv = strip_launcher_args(argv)
+    if any(word.split("=")[0] in ASKING_FLAGS for word in argv):
+        return
+    words, folders, problems = _split(argv, conf)
+    if folders is None:  # another --config-path or --config-name: not our config to judge
+        return
+    parsed, malformed = _parse(words)
+    groups = _groups(folders)
+    choosing = [o for o in parsed if _is_group(o, groups)]
+    wrong_choices = [problem for o in choosing if (problem := _judge_option(o, groups))]
+    legal = _compose([o.input_line for o in choosing if o.input_line] if not wrong_choices else [], folders)
+    known = _keys(legal)
+    problems += [_judge_malformed(text, reason, known) for text, reason in malformed] + wrong_choices
+    problems += [
+        problem for o in parsed if o not in choosing and (problem := _judge_key(o, legal, known, declared, groups))
+    ]
+    problems += _given_twice(parsed)
+    if problems:
+        raise ValueError(format_problems(problems))
+
+
+def _split(argv: Sequence[str], conf: Path) -> tuple[list[str], list[Path] | None, list[Problem]]:
+    """Override words, config folders (None = a config of the user's own) and problems of the flags."""
+    words: list[str] = []
+    folders: list[Path] | None = [conf]
+    problems: list[Problem] = []
+    rest = iter(argv)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            words.append(word)
+        elif flag in VALUE_FLAGS:
+            value = value if equals else next(rest, "")
+            if flag in ("--config-dir", "-cd") and folders is not None:
+                folders.append(Path(value).resolve())
+            elif flag in ("--config-path", "-cp", "--config-name", "-cn"):
+                folders = None
+        elif flag not in PLAIN_FLAGS:
+            bare = flag.lstrip("-")
+            way = f"{bare}={value or 'VALUE'}" if equals or "." in bare else "python train.py --help lists the flags"
+            problems.append(Problem(word, "a flag", "settings are given as key=value, without dashes", way))
+    return words, folders, problems
+
+
+def _parse(words: list[str]) -> tuple[list[Override], list[tuple[str, str]]]:
+    """Overrides as Hydra reads them, and the words it cannot read with the reason."""
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    malformed: list[tuple[str, str]] = []
+    waiting: str | None = None  # a word without "=", perhaps a key whose value follows
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            if waiting is not None:
+                malformed.append((f"{waiting} {word}", "has no ="))
+                waiting = None
+            elif len(word.split()) > 1:
+                malformed.append((word, "has no ="))
+            else:
+                waiting = word
+            continue
+        if waiting is not None:
+            malformed.append((waiting, "has no ="))
+            waiting = None
+        try:
+            parsed.append(parser.parse_override(word))
+        except HydraException as err:
+            malformed.append((word, f"its value cannot be read ({str(err).splitlines()[0]})"))
+    return parsed, malformed + ([(waiting, "has no =")] if waiting is not None else [])
+
+
+def _groups(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """Options of every group: the YAML files of each folder."""
+    options: dict[str, list[str]] = {}
+    for folder in folders:
+        for group in sorted(p for p in folder.iterdir() if p.is_dir()):
+            options.setdefault(group.name, []).extend(sorted(p.stem for p in group.glob("*.yaml")))
+    return options
+
+
+def _is_group(override: Override, groups: dict[str, list[str]]) -> bool:
+    return override.key_or_group in groups and "." not in override.key_or_group
+
+
+def _compose(choices: list[str], folders: Sequence[Path]) -> DictConfig:
+    """The config with these group choices; every value at what its YAML says."""
+    extra = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders[1:])}]"] if len(folders) > 1 else []
+    try:
+        with initialize_config_dir(str(folders[0]), version_base="1.3"):
+            return compose("config", overrides=choices + extra)
+    except (HydraException, OmegaConfBaseException) as err:
+        raise ValueError(f"The configuration files do not compose: {err}") from err
+
+
+def _keys(cfg: DictConfig) -> list[str]:
+    """Dotted keys of a composed config, sections included; lists are leaves."""
+    return list(_walk(cfg, ""))
+
+
+def _walk(node: DictConfig, prefix: str) -> Iterator[str]:
+    for name in node:
+        key = f"{prefix}{name}"
+        yield key
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _walk(child, f"{key}.")
+
+
+def _judge_malformed(text: str, reason: str, known: list[str]) -> Problem:
+    key, _, value = text.replace("=", " ", 1).partition(" ")
+    if "=" in text:
+        return Problem(key, value, reason, f"quote the value for the shell and for Hydra: '{key}=\"{value}\"'")
+    target = key if key in known else next(iter(_close_keys(key, known)), "SECTION.KEY")
+    return Problem(text, "no key=value", f"{reason}, so it is not a setting", f"{target}={value.strip() or 'VALUE'}")
+
+
+def _judge_option(override: Override, groups: dict[str, list[str]]) -> Problem | None:
+    """A group choice that names no file of the group."""
+    group, options = override.key_or_group, groups[override.key_or_group]
+    if override.is_delete():
+        return Problem(f"~{group}", "deleted", "a run needs every section", f"{group}={options[0]}")
+    given = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    for option in given:
+        text = option.text if isinstance(option, QuotedString) else option
+        if isinstance(text, str) and text.removesuffix(".yaml") in options:
+            continue
+        close = nearest(str(text), options)
+        way = " or ".join(f"{group}={name}" for name in close) or f"{group}= one of: {', '.join(options)}"
+        if isinstance(text, dict):
+            way = f"{group}.KEY=VALUE, one for each key"
+        elif group == "model" and "/" in str(text):
+            way = f"model=hf init_from={text}"
+        elif group == "data" and re.search(r"[/*]|\.(jsonl?|parquet|txt)$", str(text)):
+            way = f"'data.sources=[{{path: {text}}}]'"
+        return Problem(group, text, f"conf/{group} has no such option", way)
+    return None
+
+
+def _judge_key(
+    override: Override, cfg: DictConfig, known: list[str], declared: Sequence[str], groups: dict[str, list[str]]
+) -> Problem | None:
+    """A dotted key that the config does not have, or has already when it is to be added."""
+    key = override.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return None
+    value = "deleted" if override.is_delete() else override.value()
+    exists = _exists(cfg, key)
+    if key in LAYOUT_WORDS or key.split(".")[0] == "parallel":
+        reason = (
+            "this version is data parallel only: tensor, pipeline, context and expert parallelism are not in it; "
+            "the data-parallel size is the number of processes the launcher starts"
+        )
+        return Problem(
+            key, value, reason, f"leave {key} out; engine.zero=3 shards a model that is too large for one device"
+        )
+    if exists and override.is_add() and not override.is_force_add():
+        return Problem(f"+{key}", value, "the key exists already, so there is nothing to add", f"{key}={value}")
+    if exists or override.is_add():
+        return None  # an added key is judged by the typed door
+    if re.sub(r"\.\d+\.", "[].", key) in declared:
+        return Problem(
+            key, value, "is a setting that the chosen files leave at its default", f"add it: '+{key}={value}'"
+        )
+    close = _close_keys(key, known)
+    near_groups = nearest(key, groups, limit=1) if "." not in key else []
+    section = key.split(".")[0]
+    if close:
+        way = f"did you mean {' or '.join(close)}?"
+    elif near_groups:
+        way = f"did you mean the group {near_groups[0]}? Its options: {', '.join(groups[near_groups[0]])}"
+    elif section in groups:
+        way = f"{section} has: {', '.join(k for k in known if k.startswith(f'{section}.') and k.count('.') == 1)}"
+    else:
+        way = "python train.py --cfg job shows every key"
+    return Problem(key, value, "there is no such setting", way)
+
+
+def _exists(cfg: DictConfig, key: str) -> bool:
+    """Whether a dotted key (list indices included) is in the config; a null or missing value counts."""
+    node: object = cfg
+    for part in key.split("."):
+        if isinstance(node, ListConfig) and not node._is_missing():
+            if not part.isdigit() or int(part) >= len(node):
+                return False
+            node = node._get_node(int(part))
+        elif isinstance(node, DictConfig) and part in node.keys():  # noqa: SIM118 - "in node" is False for ???
+            node = node._get_node(part)
+        else:
+            return False
+    return True
+
+
+def _close_keys(key: str, known: list[str]) -> list[str]:
+    """Keys that were probably meant: the same last word, a near spelling of it, or the name another trainer uses."""
+    section, _, last = key.rpartition(".")
+    leaves = [k for k in known if not any(other.startswith(f"{k}.") for other in known)]
+    same = [k for k in leaves if k.split(".")[-1] == last]
+    if same:
+        return nearest(key, same) or same[:3]
+
+    def likeness(word: str) -> float:
+        return difflib.SequenceMatcher(None, last.lower(), word).ratio()
+
+    scored = [(likeness(k.split(".")[-1]) + 0.1 * k.startswith(f"{section}."), k) for k in leaves]
+    scored += [(likeness(word) + 0.1 * k.startswith(f"{section}."), k) for word, k in ALIASES.items()]
+    score, best = max(scored)
+    return [best] if score >= CLOSE else []
+
+
+def _given_twice(parsed: list[Override]) -> list[Problem]:
+    """Keys that the command line sets more than once; the last would win without a word."""
+    lines: dict[str, list[str]] = {}
+    for override in parsed:
+        lines.setdefault(override.key_or_group, []).append(override.input_line or "")
+    return [
+        Problem(key, " and ".join(texts), "is given more than once", f"keep one: {texts[-1]}")
+        for key, texts in lines.items()
+        if len(texts) > 1
+    ]
