@@ -113,7 +113,14 @@ def _write_keeping(path: Path, text: str) -> None:
         number = 1
         while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
             number += 1
-        os.link(path, kept)
+        _write_atomically(kept, path.read_bytes())
+    _write_atomically(path, text.encode("utf-8"))
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

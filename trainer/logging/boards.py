@@ -105,7 +105,8 @@ class Wandb:
             except (wandb.errors.Error, OSError, ValueError, TimeoutError) as err:
                 reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
                 note(
-                    f"wandb: not online ({reason}); going on offline, `wandb sync {fixed['dir']}/wandb/offline-*` uploads it"
+                    f"wandb: not online ({reason}); going on offline; "
+                    f"`wandb sync {fixed['dir']}/wandb/offline-*` uploads it"
                 )
             else:
                 note(f"wandb: {run.url}")
@@ -154,6 +155,6 @@ class BackgroundBoard:
             while not isinstance(item := self._queue.get(), _Close):
                 board.write(*item)
             board.close(item.failed)
-        # Anything: a library's bug or a server's answer in a side show is reported and must not end training.
+        # A thread has no caller: whatever a library or server throws is reported here, and must not end training.
         except Exception as err:
             self._note(f"{self.name}: switched off ({type(err).__name__}: {err}); metrics.jsonl goes on")

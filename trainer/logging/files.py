@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -16,21 +17,19 @@ class GrowingFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b", buffering=0)
-        self._waiting = b""
+        # A bare descriptor: no buffer of Python's own can hold lines back or write one twice.
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._warned = False
-        if self._file.seek(0, 2) > 0:
-            self._file.seek(-1, 2)
-            if self._file.read(1) != b"\n":
-                self._waiting = b"\n"
+        size = os.lseek(self._fd, 0, os.SEEK_END)
+        half_line = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+        self._waiting = b"\n" if half_line else b""
 
     def line(self, text: str) -> None:
         """Append one line."""
         self._waiting += text.encode("utf-8", errors="replace") + b"\n"
         try:
             while self._waiting:
-                written = self._file.write(self._waiting)
-                self._waiting = self._waiting[written or 0 :]
+                self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
             self._warned = False
         except OSError as err:
             if not self._warned:
@@ -42,4 +41,4 @@ class GrowingFile:
         if self._waiting:
             lost = self._waiting.count(b"\n")
             warnings.warn(f"{self._path}: the last {lost} lines could not be written", stacklevel=2)
-        self._file.close()
+        os.close(self._fd)

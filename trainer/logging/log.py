@@ -18,8 +18,9 @@ from trainer.logging.files import GrowingFile
 from trainer.logging.line import PLAIN_WIDTH, Eta, duration, eval_line, step_line
 from trainer.logging.terminal import Terminal
 
-# Seconds close() waits for a board to write out what it holds.
+# Seconds close() waits for the boards to write out what they hold; a failed run ends soon, so that its error is seen.
 _CLOSE_TIMEOUT = 60.0
+_FAILED_CLOSE_TIMEOUT = 5.0
 
 
 class Log(Protocol):
@@ -135,15 +136,17 @@ class RunLog:
     def close(self, summary: str | None = None, failed: bool = False) -> None:
         """Write out everything and say ``summary``; later calls do nothing.
 
-        A board that takes longer than a minute (an upload) is left behind, and a line says so.
+        A board that takes longer than a minute (an upload; five seconds if the run failed) is left behind, and a
+        line says so.
         """
         if self._closed:
             return
         self._closed = True
-        deadline = time.monotonic() + _CLOSE_TIMEOUT
+        patience = _FAILED_CLOSE_TIMEOUT if failed else _CLOSE_TIMEOUT
+        deadline = time.monotonic() + patience
         for board in self._boards:
             if not board.close(failed, max(deadline - time.monotonic(), 0.0)):
-                self._heard.put(f"{board.name}: still busy after {_CLOSE_TIMEOUT:.0f} s, left behind")
+                self._heard.put(f"{board.name}: still busy after {patience:.0f} s, left behind")
         self._terminal.close()
         self._say_heard()
         if summary is not None:

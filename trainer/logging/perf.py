@@ -11,9 +11,8 @@ from contextlib import contextmanager
 import torch
 
 # Dense peak TFLOP/s of one device as (bf16/fp16 tensor cores with fp32 accumulation, fp32 without TF32), without
-# sparsity, from the makers' data sheets: NVIDIA H100, H200, H20, A100, A800, H800, L40S, L40, L4, A10, A40, A30, V100, T4,
-# B200, GB200, GeForce RTX 3090/4090/5090, AMD Instinct MI250X and MI300X. The first name that occurs in
-# torch's device name counts, so the longer names of a family stand first.
+# sparsity, from the makers' data sheets and architecture papers. The first name that occurs in torch's device name
+# counts, so the longer names of a family stand first.
 _PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
     ("GB200", 2500.0, 80.0),
     ("B200", 2250.0, 75.0),
