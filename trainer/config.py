@@ -7,7 +7,6 @@ composes them and judges how they go together. Nothing here starts a process gro
 from __future__ import annotations
 
 import dataclasses
-import glob
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data.config import DataConfig
+from data.config import problems as data_problems
 from models import config_from_hf_folder
 from models.config import ModelConfig
 from parallel.config import EngineConfig
@@ -122,20 +122,18 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
     ``world_size`` is the number of data-parallel processes. Reads only the file system; cheap enough for every rank.
     """
     machine = machine or Machine.here()
-    found = [Problem(*row) for row in own_problems(cfg)]
-    told = {problem.key for problem in found}
-    for rule in (_batch, _length, _training_length, _schedule, _stage, _start, _tokenizer, _sources, _resume):
-        found += [problem for problem in rule(cfg, world_size) if problem.key not in told]
-    return found + _engine(cfg, machine)
+    rules = (_batch, _length, _training_length, _schedule, _stage, _start, _tokenizer, _resume)
+    crossing = [problem for rule in rules for problem in rule(cfg, world_size)] + _engine(cfg, machine)
+    told = {problem.key for problem in crossing}  # a rule over several sections says more than the section alone
+    return [problem for problem in own_problems(cfg) if problem.key not in told] + crossing
 
 
-def own_problems(cfg: RunConfig) -> list[tuple[str, object, str, str]]:
-    """What each section says of its own values, with keys written in full (``model.num_heads``)."""
-    rows: list[tuple[str, object, str, str]] = []
-    for name in ("model", "data", "engine", "optim", "log", "run"):
-        for key, value, reason, way_out in getattr(cfg, name).problems():
-            rows.append((key if key.startswith(f"{name}.") else f"{name}.{key}", value, reason, way_out))
-    return rows
+def own_problems(cfg: RunConfig) -> list[Problem]:
+    """What each section says of its own values."""
+    rows = data_problems(cfg.data)
+    for section in (cfg.model, cfg.engine, cfg.optim, cfg.log, cfg.run):
+        rows += section.problems()
+    return [Problem(*row) for row in rows]
 
 
 def _batch(cfg: RunConfig, world_size: int) -> list[Problem]:
@@ -249,38 +247,15 @@ def _start(cfg: RunConfig, world_size: int) -> list[Problem]:
 
 
 def _tokenizer(cfg: RunConfig, world_size: int) -> list[Problem]:
-    found = []
-    path = cfg.data.tokenizer or cfg.init_from
-    key = "data.tokenizer" if cfg.data.tokenizer else "init_from"
+    key, path = ("data.tokenizer", cfg.data.tokenizer) if cfg.data.tokenizer else ("init_from", cfg.init_from)
+    way = "data.tokenizer=FOLDER with a tokenizer.json"
     if path is None:
         reason = "no tokenizer is named, and without init_from there is no folder to take it from"
-        found.append(Problem("data.tokenizer", None, reason, "data.tokenizer=FOLDER with a tokenizer.json"))
-    elif not Path(path).exists():
-        if cfg.data.tokenizer:  # a missing init_from is told by its own rule
-            reason, way = "there is no such folder", _nearby(Path(path)) or "a folder with a tokenizer.json"
-            found.append(Problem(key, path, reason, way))
-    elif Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
-        reason = f"holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})"
-        found.append(Problem(key, path, reason, "data.tokenizer=FOLDER with a tokenizer.json"))
-    template = cfg.data.chat_template
-    if template is not None and not Path(template).is_file():
-        way = _nearby(Path(template)) or "data.chat_template=null uses the tokenizer's own template"
-        found.append(Problem("data.chat_template", template, "there is no such file", way))
-    return found
-
-
-def _sources(cfg: RunConfig, world_size: int) -> list[Problem]:
-    found = []
-    for name in ("sources", "eval_sources"):
-        for i, source in enumerate(getattr(cfg.data, name)):
-            key, path = f"data.{name}[{i}].path", source.path
-            if Path(path).exists() or (glob.has_magic(path) and glob.glob(path, recursive=True)):
-                continue
-            reason = "the pattern matches no file" if glob.has_magic(path) else "there is no such file or folder"
-            found.append(
-                Problem(key, path, reason, _nearby(Path(path)) or "a path relative to where the run is started")
-            )
-    return found
+        return [Problem("data.tokenizer", None, reason, way)]
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return [Problem(key, path, f"holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})", way)]
+    return []  # a missing folder is told by the section, or by init_from's own rule
 
 
 def _resume(cfg: RunConfig, world_size: int) -> list[Problem]:

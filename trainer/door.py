@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +28,7 @@ EXAMPLES = {
     "optim.betas": "'optim.betas=[0.9,0.95]'",
 }
 """How to give the keys whose type alone does not show it."""
+PATH_KEYS = ("init_from", "data.tokenizer", "data.chat_template", "data.cache_dir", "run.dir", "run.resume")
 CONTEXT_FIELDS = ("max_seq_len", "rope", "sliding_window")
 """Fields a user may change on top of a folder's config: they change no tensor."""
 
@@ -52,6 +55,7 @@ def load(cfg: DictConfig) -> RunConfig:
     except OmegaConfBaseException as err:
         raise ValueError(f"A reference in the configuration leads nowhere: {err}") from err
     assert isinstance(tree, dict)
+    _expand_home(tree)
     problems: list[Problem] = []
     plain = {str(key): value for key, value in tree.items()}
     model = plain.get("model")
@@ -65,6 +69,15 @@ def load(cfg: DictConfig) -> RunConfig:
         raise ValueError(format_problems(problems))
     assert run is not None
     return run
+
+
+def _expand_home(tree: dict[Any, Any]) -> None:
+    """``~`` in the keys that are paths, which the shell leaves alone behind ``key=``."""
+    for dotted in PATH_KEYS:
+        section, _, name = dotted.rpartition(".")
+        node = tree.get(section) if section else tree
+        if isinstance(node, dict) and isinstance(node.get(name), str):
+            node[name] = str(Path(node[name]).expanduser()) if node[name].startswith("~") else node[name]
 
 
 def _model_of_folder(init_from: object, given: Mapping[object, object], problems: list[Problem]) -> dict[str, object]:

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -96,8 +97,8 @@ def preflight(argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CO
     """Check the command line (without the program's name) against the config it will be composed into.
 
     ``declared`` are the keys the dataclasses have (``typed.keys``), so that one which the chosen YAML leaves at its
-    default is told from one that does not exist. Returns at once for flags that only ask (``--help``, ``--info`` ...). Values are not judged here: that is the
-    typed door's work, once Hydra has composed them.
+    default is told from one that does not exist. Returns at once for flags that only ask (``--help``, ``--info`` ...).
+    Values are not judged here: that is the typed door's work, once Hydra has composed them.
 
     Raises:
         ValueError: naming every word that is malformed, or names no group, option or key, each with the nearest one.
@@ -112,13 +113,16 @@ def preflight(argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CO
     groups = _groups(folders)
     choosing = [o for o in parsed if _is_group(o, groups)]
     wrong_choices = [problem for o in choosing if (problem := _judge_option(o, groups))]
-    legal = _compose([o.input_line for o in choosing if o.input_line] if not wrong_choices else [], folders)
+    choices = [f"{o.key_or_group}={_option_names(o)[0]}" for o in choosing] if not wrong_choices else []
+    legal = _compose(choices, folders)
     known = _keys(legal)
     problems += [_judge_malformed(text, reason, known) for text, reason in malformed] + wrong_choices
     problems += [
         problem for o in parsed if o not in choosing and (problem := _judge_key(o, legal, known, declared, groups))
     ]
     problems += _given_twice(parsed)
+    if not any(word in ("--multirun", "-m") for word in argv):
+        problems += [_judge_sweep(o) for o in parsed if o.is_sweep_override()]
     if problems:
         raise ValueError(format_problems(problems))
 
@@ -136,7 +140,12 @@ def _split(argv: Sequence[str], conf: Path) -> tuple[list[str], list[Path] | Non
         elif flag in VALUE_FLAGS:
             value = value if equals else next(rest, "")
             if flag in ("--config-dir", "-cd") and folders is not None:
-                folders.append(Path(value).resolve())
+                if Path(value).is_dir():
+                    folders.append(Path(value).resolve())
+                else:
+                    problems.append(
+                        Problem(flag, value, "there is no such folder", f"{flag} FOLDER with groups of yours")
+                    )
             elif flag in ("--config-path", "-cp", "--config-name", "-cn"):
                 folders = None
         elif flag not in PLAIN_FLAGS:
@@ -212,6 +221,8 @@ def _walk(node: DictConfig, prefix: str) -> Iterator[str]:
 def _judge_malformed(text: str, reason: str, known: list[str]) -> Problem:
     key, _, value = text.replace("=", " ", 1).partition(" ")
     if "=" in text:
+        if value.startswith("~"):
+            return Problem(key, value, "Hydra has another meaning for ~", f"{key}=$HOME{value[1:]}")
         return Problem(key, value, reason, f"quote the value for the shell and for Hydra: '{key}=\"{value}\"'")
     target = key if key in known else next(iter(_close_keys(key, known)), "SECTION.KEY")
     return Problem(text, "no key=value", f"{reason}, so it is not a setting", f"{target}={value.strip() or 'VALUE'}")
@@ -222,9 +233,7 @@ def _judge_option(override: Override, groups: dict[str, list[str]]) -> Problem |
     group, options = override.key_or_group, groups[override.key_or_group]
     if override.is_delete():
         return Problem(f"~{group}", "deleted", "a run needs every section", f"{group}={options[0]}")
-    given = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
-    for option in given:
-        text = option.text if isinstance(option, QuotedString) else option
+    for text in _option_names(override):
         if isinstance(text, str) and text.removesuffix(".yaml") in options:
             continue
         close = nearest(str(text), options)
@@ -239,6 +248,20 @@ def _judge_option(override: Override, groups: dict[str, list[str]]) -> Problem |
     return None
 
 
+def _option_names(override: Override) -> list[Any]:
+    """What a group override chooses; several for a sweep."""
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    value = override.value()
+    return [value.text if isinstance(value, QuotedString) else value]
+
+
+def _judge_sweep(override: Override) -> Problem:
+    """Several values without --multirun: a list was meant, or several runs."""
+    key, text = override.key_or_group, str(override.input_line).partition("=")[2]
+    return Problem(key, text, "several values mean several runs", f"'{key}=[{text}]' for a list, or --multirun")
+
+
 def _judge_key(
     override: Override, cfg: DictConfig, known: list[str], declared: Sequence[str], groups: dict[str, list[str]]
 ) -> Problem | None:
@@ -246,7 +269,7 @@ def _judge_key(
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
         return None
-    value = "deleted" if override.is_delete() else override.value()
+    value = "deleted" if override.is_delete() else str(override.input_line).partition("=")[2]
     exists = _exists(cfg, key)
     if key in LAYOUT_WORDS or key.split(".")[0] == "parallel":
         reason = (
