@@ -1,0 +1,40 @@
+"""What is computed: the decoder, its families by name, and their sizes. See docs/architecture.md for the shape legend."""
+
+import json
+from pathlib import Path
+
+from models.config import ModelConfig, RopeConfig, Runtime
+from models.decoder import Decoder, build
+from models.families import FAMILIES
+
+__all__ = ["FAMILIES", "Decoder", "ModelConfig", "RopeConfig", "Runtime", "build", "config_from_hf_folder"]
+
+
+def config_from_hf_folder(path: str | Path) -> ModelConfig:
+    """The sizes of the model in a Hugging Face folder, from its config.json.
+
+    Raises:
+        ValueError: no such folder, no readable config.json, or a model of a family that is not here.
+    """
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"{path} is not a folder; give the folder of a Hugging Face checkpoint (config.json, *.safetensors)"
+        )
+    if not file.is_file():
+        raise ValueError(
+            f"{path} has no config.json, so it is not a Hugging Face checkpoint; use the folder that has one"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{file} is not readable as JSON ({err}); fetch it again") from err
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object; fetch it again")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{file} says model_type={family!r}; the families here are {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[family].from_hf_config(config)
+    except ValueError as err:
+        raise ValueError(f"{file}: {err}") from err

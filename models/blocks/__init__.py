@@ -1,0 +1,1 @@
+"""Parts of the decoder, one module a file."""

@@ -1,0 +1,10 @@
+"""Token embedding of the decoder."""
+
+from models.config import ModelConfig
+from parallel.layers import VocabEmbedding
+from parallel.sharding import Axis
+
+
+def token_embedding(cfg: ModelConfig, axis: Axis) -> VocabEmbedding:
+    """The table of `vocab_size` rows of `hidden_size`, drawn with standard deviation `init_std`."""
+    return VocabEmbedding(cfg.vocab_size, cfg.hidden_size, "normal", axis)

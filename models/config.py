@@ -1,0 +1,145 @@
+"""Sizes of a model and how it is run. The sizes live in conf/model; a Hugging Face folder gives the same record."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Problem = tuple[str, object, str, str]
+"""key, value, reason, way out"""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base `theta`, and how it is stretched past the length the model was trained on.
+
+    `original_max_seq_len` is that length; None means the model's `max_seq_len`. The other fields belong to one scaling.
+    """
+
+    theta: float = 10000.0
+    scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original_max_seq_len: int | None = None
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this over the original length keep their frequency."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are interpolated."""
+    attention_factor: float | None = None
+    """yarn: what cos and sin are multiplied with; None derives it from factor, mscale and mscale_all_dim."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """yarn: round the borders of the ramp to whole dimensions."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original length / this are interpolated."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original length / this are kept."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a model's parameters and what it computes."""
+
+    family: Literal["llama", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    """Tokens a query sees, itself included; None is full attention."""
+    full_attention_layers: int = 0
+    """The first so many layers ignore `sliding_window` (Qwen's max_window_layers)."""
+    init_std: float = 0.02
+    head: Literal["lm", "scalar"] = "lm"
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, or None for full attention."""
+        return None if layer < self.full_attention_layers else self.sliding_window
+
+    @property
+    def qkv_parts(self) -> tuple[int, int, int]:
+        """Rows of q, k and v in the fused projection."""
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+    def problems(self) -> list[Problem]:
+        """Every size that cannot work, as (key, value, reason, way out)."""
+        from models.families import FAMILIES
+
+        found = self._size_problems() + self._rope_problems()
+        return found or FAMILIES[self.family].problems(self)
+
+    def _size_problems(self) -> list[Problem]:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        found: list[Problem] = [
+            (key, getattr(self, key), "must be at least 1", f"model.{key}=1 or more")
+            for key in (*sizes, "max_seq_len")
+            if getattr(self, key) < 1
+        ]
+        if found:
+            return found
+        heads, groups = self.num_heads, self.num_kv_heads
+        if heads % groups:
+            near = max(n for n in range(1, min(heads, groups) + 1) if heads % n == 0)
+            reason = f"the {heads} query heads (num_heads) cannot be shared out evenly over {groups} key/value heads"
+            found.append(("num_kv_heads", groups, reason, f"model.num_kv_heads={near}"))
+        if self.head_dim % 2:
+            reason = "rotary embedding turns pairs of dimensions, so the head size must be even"
+            found.append(("head_dim", self.head_dim, reason, f"model.head_dim={self.head_dim + 1}"))
+        if self.norm_eps <= 0:
+            found.append(("norm_eps", self.norm_eps, "must be above 0", "model.norm_eps=1e-5"))
+        if self.init_std < 0:
+            found.append(("init_std", self.init_std, "is a standard deviation", "model.init_std=0.02"))
+        if self.sliding_window is not None and self.sliding_window < 1:
+            reason = "a query must at least see itself"
+            found.append(
+                ("sliding_window", self.sliding_window, reason, "model.sliding_window=null for full attention")
+            )
+        if self.full_attention_layers < 0:
+            reason = "counts layers from the first"
+            found.append(("full_attention_layers", self.full_attention_layers, reason, "model.full_attention_layers=0"))
+        return found
+
+    def _rope_problems(self) -> list[Problem]:
+        rope, found = self.rope, []
+        if rope.theta <= 1:
+            found.append(("rope.theta", rope.theta, "must be above 1", "model.rope.theta=10000"))
+        if rope.scaling == "none" and rope.factor != 1.0:
+            reason = "has no effect without a scaling"
+            found.append(("rope.factor", rope.factor, reason, "model.rope.scaling=yarn, or model.rope.factor=1"))
+        if rope.scaling != "none" and rope.factor < 1.0:
+            found.append(("rope.factor", rope.factor, "must be at least 1", "model.rope.factor=1"))
+        if rope.scaling == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+            reason = f"must be above model.rope.low_freq_factor={rope.low_freq_factor}"
+            found.append(("rope.high_freq_factor", rope.high_freq_factor, reason, "model.rope.high_freq_factor=4"))
+        if rope.original_max_seq_len is not None and rope.original_max_seq_len < 1:
+            way = "model.rope.original_max_seq_len=null for model.max_seq_len"
+            found.append(("rope.original_max_seq_len", rope.original_max_seq_len, "must be at least 1", way))
+        return found
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a model is computed; changes speed and memory, never the result."""
+
+    attention: Literal["sdpa", "flash_attn", "eager"] = "sdpa"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """selective makes norm outputs and the SwiGLU product again in the backward; full makes whole layers again."""
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at once."""

@@ -1,0 +1,36 @@
+"""The families by name. A new one is a file beside this, an entry here, and a YAML in conf/model."""
+
+from typing import Any, Protocol
+
+from collections.abc import Iterator, Mapping
+
+from models import llama, qwen2, qwen3
+from models.config import ModelConfig, Problem
+from models.rules import Rule, Tie
+
+
+class Family(Protocol):
+    """What a family file gives."""
+
+    @staticmethod
+    def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
+        """Our sizes from the content of a config.json."""
+        ...
+
+    @staticmethod
+    def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
+        """The content of a config.json from our sizes."""
+        ...
+
+    @staticmethod
+    def rules(cfg: ModelConfig) -> Iterator[Rule | Tie]:
+        """Where each weight lies in a Hugging Face checkpoint."""
+        ...
+
+    @staticmethod
+    def problems(cfg: ModelConfig) -> list[Problem]:
+        """Settings this family's checkpoints cannot express."""
+        ...
+
+
+FAMILIES: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}

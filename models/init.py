@@ -1,0 +1,47 @@
+"""How weights are drawn: each parameter whole, from its global name and the seed alone.
+
+| rule              | values                                            | parameters                                        |
+|-------------------|---------------------------------------------------|---------------------------------------------------|
+| `normal`          | normal, std = `init_std`                          | embed, attn.qkv, mlp.gate_up, head                |
+| `normal_residual` | normal, std = `init_std / sqrt(2 num_layers)`     | attn.out, mlp.down (they write to the residual)   |
+| `ones`            | 1                                                 | all norms                                         |
+| `zeros`           | 0                                                 | all biases                                        |
+
+A draw depends on nothing else: not on the layout, not on which parameters came before. Source of the residual rule:
+Radford et al. 2019 (GPT-2), section 2.3.
+"""
+
+import hashlib
+import math
+
+import torch
+
+from models.config import ModelConfig
+from models.decoder import build
+from parallel.sharding import init_of, shard_of
+
+
+def init_tensor(name: str, shape: tuple[int, ...], rule: str, seed: int, cfg: ModelConfig) -> torch.Tensor:
+    """The whole fp32 tensor of parameter `name`, on the CPU."""
+    if rule == "ones":
+        return torch.ones(shape, device="cpu")
+    if rule == "zeros":
+        return torch.zeros(shape, device="cpu")
+    std = {"normal": cfg.init_std, "normal_residual": cfg.init_std / math.sqrt(2 * cfg.num_layers)}[rule]
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+
+class InitSource:
+    """Fresh weights, parameter by parameter."""
+
+    def __init__(self, cfg: ModelConfig, seed: int) -> None:
+        self.cfg, self.seed = cfg, seed
+        self._params = dict(build(cfg).named_parameters())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor of parameter `name`, fp32 on the CPU; the same at every call."""
+        param = self._params[name]
+        whole = shard_of(param).whole_shape(param.shape)
+        return init_tensor(name, whole, init_of(param), self.seed, self.cfg)

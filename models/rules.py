@@ -1,0 +1,102 @@
+"""Where a weight lies in a Hugging Face checkpoint. Each rule is said once and knows both directions."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One of our tensors is one of theirs under another name."""
+
+    ours: str
+    hf: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The Hugging Face tensors this rule reads, in order."""
+        return (self.hf,)
+
+    def hf_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of each Hugging Face tensor, from that of our whole tensor."""
+        return {self.hf: shape}
+
+    def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Our whole tensor from theirs."""
+        return tensors[self.hf]
+
+    def to_hf(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their tensors from our whole one."""
+        return {self.hf: tensor}
+
+
+@dataclass(frozen=True)
+class Concat:
+    """One of our fused tensors is several of theirs, one after another along dim 0 (q|k|v, gate|up)."""
+
+    ours: str
+    hf: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The Hugging Face tensors this rule reads, in order."""
+        return self.hf
+
+    def hf_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of each Hugging Face tensor, from that of our whole tensor."""
+        return {name: (size, *shape[1:]) for name, size in zip(self.hf, self.sizes, strict=True)}
+
+    def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Our whole tensor from theirs."""
+        return torch.cat([tensors[name] for name in self.hf])
+
+    def to_hf(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their tensors from our whole one (views)."""
+        return dict(zip(self.hf, tensor.split(self.sizes), strict=True))
+
+
+Rule = Rename | Concat
+
+
+@dataclass(frozen=True)
+class Tie:
+    """`hf` repeats `ours` where a checkpoint holds it at all: not read, not written."""
+
+    ours: str
+    hf: str
+
+
+def llama_rules(cfg: ModelConfig) -> Iterator[Rule | Tie]:
+    """The names of Llama, which Qwen2 and Qwen3 share; biases and q/k norms where the config has them."""
+    yield Rename("embed.weight", "model.embed_tokens.weight")
+    for i in range(cfg.num_layers):
+        yield from _layer_rules(cfg, f"layers.{i}.", f"model.layers.{i}.")
+    yield Rename("norm.weight", "model.norm.weight")
+    if cfg.head == "scalar":
+        yield Rename("head.weight", "score.weight")
+    elif cfg.tied_embeddings:
+        yield Tie("embed.weight", "lm_head.weight")
+    else:
+        yield Rename("head.weight", "lm_head.weight")
+
+
+def _layer_rules(cfg: ModelConfig, ours: str, hf: str) -> Iterator[Rule]:
+    qkv = tuple(f"{hf}self_attn.{x}_proj" for x in "qkv")
+    gate_up = (f"{hf}mlp.gate_proj", f"{hf}mlp.up_proj")
+    halves = (cfg.intermediate_size, cfg.intermediate_size)
+    yield Rename(f"{ours}attn_norm.weight", f"{hf}input_layernorm.weight")
+    for kind in ("weight", "bias") if cfg.qkv_bias else ("weight",):
+        yield Concat(f"{ours}attn.qkv.{kind}", tuple(f"{name}.{kind}" for name in qkv), cfg.qkv_parts)
+    for kind in ("weight", "bias") if cfg.attention_out_bias else ("weight",):
+        yield Rename(f"{ours}attn.out.{kind}", f"{hf}self_attn.o_proj.{kind}")
+    if cfg.qk_norm:
+        yield Rename(f"{ours}attn.q_norm.weight", f"{hf}self_attn.q_norm.weight")
+        yield Rename(f"{ours}attn.k_norm.weight", f"{hf}self_attn.k_norm.weight")
+    yield Rename(f"{ours}mlp_norm.weight", f"{hf}post_attention_layernorm.weight")
+    for kind in ("weight", "bias") if cfg.mlp_bias else ("weight",):
+        yield Concat(f"{ours}mlp.gate_up.{kind}", tuple(f"{name}.{kind}" for name in gate_up), halves)
+        yield Rename(f"{ours}mlp.down.{kind}", f"{hf}mlp.down_proj.{kind}")
