@@ -1,0 +1,65 @@
+"""Fill a meta-device model from a source of whole tensors, cutting each one for this rank (and for ZeRO-3, at once)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from parallel.sharding import Axis
+
+
+class TensorSource(Protocol):
+    """Whole (uncut) weights by Loom's parameter names: a checkpoint, a Hugging Face folder, or the initialiser."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor of parameter ``name``, any float type, on the CPU."""
+        ...
+
+
+def fill_(param: nn.Parameter, whole: torch.Tensor, tp: Axis, device: torch.device) -> None:
+    """Turn a meta parameter into real fp32 values in place, keeping its identity (ties) and its attributes.
+
+    Args:
+        param: a parameter on the meta device carrying ``param.shard``.
+        whole: the uncut tensor.
+        tp: the axis along which ``param.shard`` cuts.
+        device: where the values will live.
+    """
+    attributes = dict(param.__dict__)
+    local = param.__dict__["shard"].slice(whole, tp.size, tp.rank).to(device=device, dtype=torch.float32)
+    assert local.shape == param.shape, f"source gave {tuple(local.shape)} for a parameter of shape {tuple(param.shape)}"
+    fresh = nn.Parameter(local.contiguous(), requires_grad=param.requires_grad)
+    torch.utils.swap_tensors(param, fresh)
+    param.__dict__.update(attributes)
+
+
+def materialise(model: nn.Module, source: TensorSource, tp: Axis, device: torch.device, zero_config: Any = None) -> None:
+    """Fill every parameter of ``model`` from ``source``.
+
+    With ``zero_config`` (a DeepSpeed dictionary with ZeRO-3) each leaf module is partitioned as soon as it is filled,
+    so that no rank ever holds more than one whole leaf above its share.
+    """
+    names = {id(param): name for name, param in model.named_parameters()}
+    done: set[int] = set()
+    for module in model.modules():
+        fresh = [p for p in module.parameters(recurse=False) if id(p) not in done]
+        for param in fresh:
+            fill_(param, source.tensor(names[id(param)]), tp, device)
+            done.add(id(param))
+        if fresh and zero_config is not None:
+            partition_leaf(module, zero_config)
+    for buffer_name, buffer in model.named_buffers():
+        assert buffer.device.type != "meta", f"buffer {buffer_name} was left on the meta device"
+
+
+def partition_leaf(module: nn.Module, zero_config: Any) -> None:
+    """Hand one module's own parameters to ZeRO-3."""
+    import deepspeed
+
+    holder = nn.Module()
+    for name, param in module.named_parameters(recurse=False):
+        if not hasattr(param, "ds_id"):
+            holder.register_parameter(name, param)
+    deepspeed.zero.Init(module=holder, config_dict_or_path=zero_config)

@@ -1,0 +1,206 @@
+"""Checkpoints that belong to the model: flat fp32 pieces of named parameters and their AdamW states.
+
+    checkpoints/
+      latest                       name of the newest complete checkpoint
+      step_0000100/
+        state.json                 step, data position, loss scale, shapes, where every piece lies
+        rank_00000.safetensors     "<kind>/<name>@<start>" -> 1-D piece; kind is param, exp_avg or exp_avg_sq
+
+Every element is written once, by the rank that owns it, whatever the ZeRO stage; any other number of ranks or stage
+reads the ranges it needs. A folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from parallel.engine import Engine, Fragment
+from parallel.groups import Groups
+
+FORMAT = 1
+STATE = "state.json"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints below ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdigit() and (path / STATE).is_file())
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint: the one ``latest`` names, or the newest on disk if that one is gone."""
+    marker = folder / "latest"
+    if marker.is_file():
+        named = folder / marker.read_text().strip()
+        if (named / STATE).is_file():
+            return named
+    complete = checkpoints_in(folder)
+    return complete[-1] if complete else None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], groups: Groups, keep_last: int) -> Path:
+    """Write a checkpoint together; every rank calls this.
+
+    Args:
+        folder: the run's checkpoint folder.
+        state: JSON values to keep beside the tensors (data position, …).
+        keep_last: older complete checkpoints beyond this many are removed after the new one is complete.
+
+    Raises:
+        ValueError: some rank could not write (disk full, no permission); nothing already saved is touched.
+    """
+    final = folder / f"step_{step:07d}"
+    building = folder / f"step_{step:07d}.building"
+    if groups.is_main:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    groups.barrier()
+    outcome = groups.all_gather(_write_rank(building, engine, groups))
+    problems = [message for message, _ in outcome if message]
+    if not problems and groups.is_main:
+        problems = _complete(building, final, step, engine, state, [pieces for _, pieces in outcome])
+    problems = groups.all_gather(problems)[0]
+    if problems:
+        if groups.is_main:
+            shutil.rmtree(building, ignore_errors=True)
+        last = find_latest(folder)
+        raise ValueError(
+            f"checkpoint of step {step} could not be written to {folder}: {problems[0]}. "
+            f"Nothing saved before was touched; {f'the last good checkpoint is {last}' if last else 'there is no earlier checkpoint'}. "
+            "Free space or set run.dir to another disk, then start again with the same run.name to resume."
+        )
+    if groups.is_main:
+        _prune(folder, keep_last)
+    groups.barrier()
+    return final
+
+
+def _write_rank(building: Path, engine: Engine, groups: Groups) -> tuple[str, list[tuple[str, int, int]]]:
+    """Write this rank's pieces. Returns (problem or "", [(name, start, numel)])."""
+    tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
+    pieces = []
+    for piece in engine.fragments():
+        pieces.append((piece.name, piece.start, piece.master.numel()))
+        for kind, tensor in {"param": piece.master, **piece.states}.items():
+            tensors[f"{kind}/{piece.name}@{piece.start}"] = tensor.detach().cpu()
+    path = building / f"rank_{groups.rank:05d}.safetensors"
+    try:
+        save_file(tensors, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        return f"rank {groups.rank}: {error}", []
+    return "", pieces
+
+
+def _complete(building: Path, final: Path, step: int, engine: Engine, state: dict[str, Any], pieces: list) -> list[str]:
+    """Write state.json and give the folder its name. Returns problems."""
+    names: dict[str, Any] = {
+        name: {"shape": list(getattr(param, "ds_shape", param.shape)), "pieces": []}
+        for name, param in engine.model.named_parameters()
+    }
+    for rank, owned in enumerate(pieces):
+        for name, start, numel in owned:
+            names[name]["pieces"].append([rank, start, numel])
+    for name, entry in names.items():
+        held, whole = sum(piece[2] for piece in entry["pieces"]), torch.Size(entry["shape"]).numel()
+        assert held == whole, f"{name}: the ranks hold {held} of {whole} elements"
+    training = {"optimizer_steps": engine.optimizer_steps, "loss_scale": engine.loss_scale.state()}
+    try:
+        write_atomic(building / STATE, json.dumps({"format": FORMAT, "step": step, **state, **training, "tensors": names}))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(building, final)
+        write_atomic(final.parent / "latest", final.name + "\n")
+    except OSError as error:
+        return [str(error)]
+    return []
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    for old in checkpoints_in(folder)[:-keep_last]:
+        doomed = old.with_name(old.name + ".deleting")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+
+
+class Checkpoint:
+    """A saved checkpoint, read by range. Also a ``TensorSource`` of whole weights.
+
+    Raises:
+        ValueError: the folder is no checkpoint, or of another format.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder} is not a Loom checkpoint: {error}. Name a step_* folder with a {STATE}.") from error
+        if self.state["format"] != FORMAT:
+            raise ValueError(f"{folder} has checkpoint format {self.state['format']}; this version reads {FORMAT}.")
+        self._files: dict[int, Any] = {}
+
+    def _open(self, rank: int) -> Any:
+        if rank not in self._files:
+            path = self.folder / f"rank_{rank:05d}.safetensors"
+            try:
+                self._files[rank] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"cannot read {path}: {error}. Resume from an earlier checkpoint with run.resume=PATH.") from error
+        return self._files[rank]
+
+    def names(self) -> list[str]:
+        """Parameter names, in the model's order."""
+        return list(self.state["tensors"])
+
+    def read_range(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of the flattened tensor, fp32."""
+        out = torch.empty(numel, dtype=torch.float32)
+        for rank, at, size in self.state["tensors"][name]["pieces"]:
+            low, high = max(start, at), min(start + numel, at + size)
+            if low < high:
+                piece = self._open(rank).get_slice(f"{kind}/{name}@{at}")
+                out[low - start : high - start] = piece[low - at : high - at]
+        return out
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole weight, fp32."""
+        shape = torch.Size(self.state["tensors"][name]["shape"])
+        return self.read_range("param", name, 0, shape.numel()).view(shape)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every whole weight, one at a time."""
+        return ((name, self.tensor(name)) for name in self.names())
+
+    def restore(self, engine: Engine, groups: Groups) -> None:
+        """Fill this rank's optimizer states; the weights came through ``tensor`` when the engine was built."""
+
+        def fill(piece: Fragment) -> None:
+            for kind, view in piece.states.items():
+                view.copy_(self.read_range(kind, piece.name, piece.start, view.numel()))
+
+        for piece in engine.fragments():
+            fill(piece)
+        engine.optimizer_steps = self.state["optimizer_steps"]
+        engine.loss_scale.restore(self.state["loss_scale"])
+        if self.state["world"] == groups.world:
+            torch.set_rng_state(self._open(groups.rank).get_tensor("rng"))
+        self._files.clear()

@@ -1,0 +1,110 @@
+"""The step loop: batch, step, log, evaluate, save. It knows steps, not models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.batch import MicroBatch
+from data.pipeline import TrainingData
+from parallel.engine import Engine, StepResult
+from parallel.groups import Groups
+from trainer import channels
+from trainer.config import RunConfig
+from trainer.logging.log import Log
+from trainer.logging.perf import PerfMeter
+from trainer.stages.next_token import NextToken
+
+
+@dataclass
+class Progress:
+    """Where the run stands: finished optimizer steps, and rows of the sample order consumed so far."""
+
+    step: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything a step needs.
+
+    ``flops`` gives the model FLOPs of one micro-batch; ``save`` writes a checkpoint of the given progress.
+    """
+
+    cfg: RunConfig
+    groups: Groups
+    engine: Engine
+    stage: NextToken
+    data: TrainingData
+    log: Log
+    flops: Callable[[MicroBatch], float]
+    save: Callable[[Progress], None]
+    total_steps: int
+
+    def run(self, progress: Progress) -> None:
+        """Train from ``progress`` to the last step; evaluates and saves at the end whatever the intervals say."""
+        every = self.cfg.run
+        meter = PerfMeter(self.groups.device, self.cfg.engine.precision, self.groups.world)
+        held_out = [on_device(batch, self.groups.device) for batch in self._eval_batches()]
+        if held_out and progress.step == 0:
+            with meter.paused():
+                self._evaluate(held_out, 0)
+        while progress.step < self.total_steps:
+            lr = self.cfg.optim.lr_at(progress.step, self.total_steps)
+            result, tokens, flops = self._step(progress, lr)
+            meter.add(tokens, flops)
+            last = progress.step == self.total_steps
+            self._report(progress.step, result, lr, meter, last)
+            with meter.paused():
+                if held_out and (last or (every.eval_every and progress.step % every.eval_every == 0)):
+                    self._evaluate(held_out, progress.step)
+                if last or (every.save_every and progress.step % every.save_every == 0):
+                    self.save(progress)
+
+    def _step(self, progress: Progress, lr: float) -> tuple[StepResult, int, float]:
+        """One optimizer step on the next global batch. Returns its result, and tokens and FLOPs over all ranks."""
+        data, dp = self.cfg.data, self.groups.dp
+        rows = self.data.global_batch(progress.position, data.global_batch_rows)
+        batches = self.data.micro_batches(rows, dp.rank, dp.size, data.micro_batch_rows)
+        tokens = float(sum(batch.tokens_T.numel() for batch in batches))
+        local = [self.stage.count(batches), tokens, sum(self.flops(batch) for batch in batches)]
+        count, tokens, flops = self.groups.sum(local)
+        batches = [on_device(batch, self.groups.device) for batch in batches]
+        result = self.engine.train_step(batches, self.stage.forward, count, lr)
+        progress.step += 1
+        progress.position += data.global_batch_rows
+        return result, int(tokens), flops
+
+    def _report(self, step: int, result: StepResult, lr: float, meter: PerfMeter, last: bool) -> None:
+        if step % self.cfg.log.every and not last:
+            self.log.advance(step)
+            return
+        metrics = channels.metrics(result.metrics, self.data.channels, self.groups.all_gather, "train")
+        metrics |= {"train/grad_norm": result.grad_norm, "train/lr": lr}
+        if self.cfg.engine.precision == "fp16":
+            metrics |= {"train/loss_scale": result.loss_scale, "train/skipped": float(result.skipped)}
+        self.log.step(step, metrics | meter.read())
+
+    def _eval_batches(self) -> list[MicroBatch]:
+        return self.data.eval_batches(self.groups.dp.rank, self.groups.dp.size, self.cfg.data.micro_batch_rows)
+
+    def _evaluate(self, batches: list[MicroBatch], step: int) -> None:
+        terms = self.engine.evaluate(batches, self.stage.forward)
+        metrics = channels.metrics(terms, self.data.channels, self.groups.all_gather, "eval")
+        self.log.evaluation(step, metrics)
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch with its token tensors on ``device``; document borders stay on the host, where they are read."""
+    if device.type == "cpu":
+        return batch
+    moved: dict[str, Any] = {
+        field.name: value.to(device, non_blocking=True)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor) and field.name != "cu_seqlens"
+    }
+    return dataclasses.replace(batch, **moved)

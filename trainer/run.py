@@ -1,0 +1,212 @@
+"""The order of a run, on one page: check, join, read data, build, restore, train."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import shutil
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import data.pipeline
+import models
+from convert.from_hf import HFSource
+from data.batch import MicroBatch
+from data.peers import Peers
+from data.pipeline import TrainingData
+from models.config import ModelConfig
+from models.decoder import Layer
+from models.flops import step_flops
+from models.init import InitSource
+from parallel.engine import Engine
+from parallel.groups import Groups, LauncherRanks, build_groups
+from parallel.materialise import TensorSource
+from trainer import checkpoint, provenance
+from trainer.config import RunConfig, check, format_problems, ignored
+from trainer.logging.log import Log, NullLog, RunLog
+from trainer.loop import Progress, Trainer
+from trainer.optim import OptimConfig, decay_groups
+from trainer.stages import build_stage
+
+
+def run(cfg: RunConfig, resolved_yaml: str, ranks: LauncherRanks) -> Path:
+    """Train as the config says and return the run folder.
+
+    Raises:
+        ValueError: the config, the data or the disk does not allow it; says what to do.
+    """
+    started = time.monotonic()
+    problems = check(cfg, ranks.world)
+    if problems:
+        raise ValueError(format_problems(problems))
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    groups = build_groups(ranks, cfg.run.hang_timeout)
+    run_dir = _run_dir(cfg, groups)
+    saved = _saved(cfg, run_dir)
+    corpus = _read_data(cfg, groups, run_dir)
+    total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * corpus.rows_per_epoch / cfg.data.global_batch_rows)
+    progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
+    stage = build_stage(cfg.stage, len(corpus.channels))
+    with _open_log(cfg, groups, run_dir, resolved_yaml, total_steps, progress.step) as log:
+        if groups.is_main:
+            provenance.write(run_dir, resolved_yaml, stage.contract, groups.world)
+            _introduce(cfg, log, groups, run_dir, corpus, stage.contract, saved)
+        if progress.step >= total_steps:
+            log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
+            return run_dir
+        engine = build_engine(cfg, groups, saved or _fresh_weights(cfg))
+        if saved:
+            saved.restore(engine, groups)
+        trainer = Trainer(
+            cfg=cfg,
+            groups=groups,
+            engine=engine,
+            stage=stage,
+            data=corpus,
+            log=log,
+            flops=functools.partial(_flops, cfg.model),
+            save=functools.partial(_save, cfg, run_dir, engine, groups, log),
+            total_steps=total_steps,
+        )
+        log.note(f"ready after {time.monotonic() - started:.1f} s; training from step {progress.step} to {total_steps}")
+        trainer.run(progress)
+        log.close(f"done: {progress.step} steps. Checkpoint and metrics in {run_dir}")
+    return run_dir
+
+
+def build_engine(cfg: RunConfig, groups: Groups, source: TensorSource) -> Engine:
+    """The model on the meta device, filled from ``source`` and handed to DeepSpeed."""
+    runtime = models.Runtime(
+        attention=cfg.engine.attention, recompute=cfg.engine.recompute, loss_chunk=cfg.engine.loss_chunk
+    )
+    model = models.build(cfg.model, groups.tp, runtime)
+    adamw = functools.partial(_adamw, cfg.optim)
+    return Engine(model, source, adamw, cfg.engine, cfg.optim.clip, groups, layer_types=[Layer])
+
+
+def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    groups = decay_groups(model, optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _fresh_weights(cfg: RunConfig) -> TensorSource:
+    if cfg.init_from is None:
+        return InitSource(cfg.model, cfg.run.seed)
+    source = HFSource(Path(cfg.init_from), cfg.model)
+    source.check()
+    return source
+
+
+def _flops(model: ModelConfig, batch: MicroBatch) -> float:
+    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
+    return step_flops(model, lengths, batch.num_targets)
+
+
+def _run_dir(cfg: RunConfig, groups: Groups) -> Path:
+    """The run folder, agreed on by all ranks; half-written checkpoints of a crash are removed."""
+    name = cfg.run.name or f"{cfg.stage.name}-{cfg.model.family}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = Path(cfg.run.dir) / groups.all_gather(name)[0]
+    if groups.is_main:
+        try:
+            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run.dir={cfg.run.dir}: cannot write there: {error}. Set run.dir to a writable folder.") from error
+        for pattern in ("*.building", "*.deleting", "*.tmp"):
+            for leftover in (run_dir / "checkpoints").glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
+    groups.barrier()
+    return run_dir
+
+
+def _saved(cfg: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        ValueError: it holds another model.
+    """
+    if cfg.run.resume == "never":
+        return None
+    folder = checkpoint.find_latest(run_dir / "checkpoints") if cfg.run.resume == "auto" else Path(cfg.run.resume)
+    if folder is None:
+        return None
+    saved = checkpoint.Checkpoint(folder)
+    theirs, ours = saved.state["config"]["model"], _plain(cfg.model)
+    differ = [f"model.{key}: {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
+    if differ:
+        raise ValueError(
+            f"cannot resume from {folder}: it holds another model ({'; '.join(differ)}). "
+            "Take another run.name, or run.resume=never to start this run again."
+        )
+    return saved
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """A dataclass as JSON has it: tuples become lists."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(section).items()
+    }
+
+
+def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
+    """The corpus behind its gate; the report and the list of bad rows go to the run folder also when it refuses."""
+    return data.pipeline.build(
+        cfg.data,
+        tokenizer_folder=cfg.data.tokenizer or cfg.init_from,
+        loss_on=cfg.stage.loss_on,
+        seed=cfg.run.seed,
+        peers=Peers(groups.rank, groups.world, groups.all_gather),
+        max_seq_len=cfg.model.max_seq_len,
+        vocab_size=cfg.model.vocab_size,
+        report_dir=run_dir,
+    )
+
+
+def _open_log(cfg: RunConfig, groups: Groups, run_dir: Path, resolved: str, total_steps: int, step: int) -> Any:
+    if not groups.is_main:
+        return NullLog()
+    return RunLog(run_dir, cfg.log, run_dir.name, dataclasses.asdict(cfg), total_steps, step)
+
+
+def _introduce(
+    cfg: RunConfig, log: Log, groups: Groups, run_dir: Path, corpus: TrainingData, contract: str, saved: Any
+) -> None:
+    """What the user sees before step 1."""
+    accumulation = cfg.data.global_batch_rows // (cfg.data.micro_batch_rows * groups.world)
+    log.note(f"run folder {run_dir}")
+    for warning in ignored(cfg):
+        log.note(f"note: {warning}")
+    log.note(str(corpus.report))
+    log.note(contract)
+    log.note(
+        f"{groups.world} process(es) on {groups.device.type}, ZeRO-{cfg.engine.zero}, {cfg.engine.precision}; global batch "
+        f"{cfg.data.global_batch_rows} rows = {groups.world} x {cfg.data.micro_batch_rows} x {accumulation} accumulated"
+    )
+    if saved:
+        log.note(f"resuming from {saved.folder} (step {saved.state['step']}, written by {saved.state['world']} process(es))")
+        theirs = saved.state["config"]["data"] | {"seed": saved.state["config"]["seed"]}
+        ours = _json_like(_plain(cfg.data)) | {"seed": cfg.run.seed}
+        changed = [key for key in ours if ours[key] != theirs.get(key) and key not in ("micro_batch_rows", "cache_dir")]
+        if changed:
+            log.note(f"note: {', '.join(changed)} changed since that checkpoint, so samples may repeat or be passed over")
+
+
+def _json_like(value: Any) -> Any:
+    """What a value looks like after a trip through JSON."""
+    if isinstance(value, dict):
+        return {key: _json_like(item) for key, item in value.items()}
+    return [_json_like(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _save(cfg: RunConfig, run_dir: Path, engine: Engine, groups: Groups, log: Log, progress: Progress) -> None:
+    config = {"model": _plain(cfg.model), "data": _plain(cfg.data), "seed": cfg.run.seed}
+    state = {"position": progress.position, "world": groups.world, "config": config}
+    state["tokenizer"] = cfg.data.tokenizer or cfg.init_from
+    folder = checkpoint.save(run_dir / "checkpoints", progress.step, engine, state, groups, cfg.run.keep_last)
+    log.note(f"saved {folder}")
