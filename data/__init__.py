@@ -1,0 +1,1 @@
+"""Sources -> samples -> token cache -> packing -> micro-batches. Imports no other room."""

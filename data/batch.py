@@ -1,0 +1,141 @@
+"""Micro-batches: rows of packed documents as flat tensors, and the fair cut of a global batch among ranks."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+IGNORED = -100
+"""Target of a token whose next token is not learnt."""
+
+ATTENTION_TOKENS = 16_384
+"""A document of this length costs as much in attention as in everything else (about 12 x hidden size: between a
+1.3B and a 7B model). Only the balance between ranks hangs on it, no result does."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Documents one after another, without padding. Equal lengths stand side by side: attention can batch them."""
+
+    tokens_T: torch.Tensor
+    """int64 [T]"""
+    positions_T: torch.Tensor
+    """int64 [T]: from 0 in each document."""
+    targets_T: torch.Tensor
+    """int64 [T]: the next token of the same document where that is learnt, else IGNORED."""
+    cu_seqlens: torch.Tensor
+    """int32 [N+1]: document n is [cu_seqlens[n], cu_seqlens[n+1])."""
+    max_seqlen: int
+    """Tokens of the longest document."""
+    doc_channel_N: torch.Tensor
+    """int64 [N]: index into TrainingData.channels."""
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Targets that are not IGNORED."""
+        return int((self.targets_T != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of an epoch: which pieces it holds. Light: tokens are read when a micro-batch is made."""
+
+    pieces: tuple[int, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each piece."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def cost(self) -> float:
+        """Work of the row, in tokens: linear part plus attention, which is quadratic within a document."""
+        return sum(length + length * length / ATTENTION_TOKENS for length in self.lengths)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of a sample with its tokens."""
+
+    tokens_L: np.ndarray
+    learn_L: np.ndarray
+    """bool [L]: is this token learnt (as the target of the token before)."""
+    channel: int
+
+
+def split_rows(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int) -> list[list[Row]]:
+    """The rows of each of this rank's micro-batches; all ranks' together are `rows`, each once.
+
+    Heaviest first into the lightest micro-batch with room (LPT); then micro-batches are dealt by weight, so that those
+    which ranks compute at the same time are alike. Deterministic in `rows` and the layout.
+
+    Returns:
+        len(rows) / (world x micro_batch_rows) lists of micro_batch_rows rows.
+
+    Raises:
+        ValueError: the rows do not divide.
+    """
+    bins = _balance(rows, _num_bins(len(rows), world, micro_batch_rows), micro_batch_rows)
+    return bins[rank::world]
+
+
+def split_ragged(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int) -> list[list[Row]]:
+    """Like `split_rows` for any number of rows: equally many lists on every rank, of at most micro_batch_rows rows."""
+    per_rank = -(-len(rows) // (world * micro_batch_rows))
+    return _balance(rows, per_rank * world, micro_batch_rows)[rank::world]
+
+
+def collate(documents: Sequence[Document]) -> MicroBatch:
+    """Documents as one MicroBatch, longest first (the order of equals is kept)."""
+    docs = sorted(documents, key=lambda doc: -len(doc.tokens_L))
+    lengths_N = np.array([len(doc.tokens_L) for doc in docs], dtype=np.int64)
+    assert len(docs) and lengths_N.min() > 0, "a micro-batch needs a document, a document needs a token"
+    borders = np.concatenate([[0], np.cumsum(lengths_N)])
+    tokens_T = np.concatenate([doc.tokens_L for doc in docs]).astype(np.int64)
+    learn_T = np.concatenate([doc.learn_L for doc in docs])
+    learn_T[borders[:-1]] = False  # the first token of a document is nobody's next token
+    targets_T = np.full(len(tokens_T), IGNORED, dtype=np.int64)
+    targets_T[:-1] = np.where(learn_T[1:], tokens_T[1:], IGNORED)
+    positions_T = np.arange(len(tokens_T)) - np.repeat(borders[:-1], lengths_N)
+    return MicroBatch(
+        tokens_T=torch.from_numpy(tokens_T),
+        positions_T=torch.from_numpy(positions_T),
+        targets_T=torch.from_numpy(targets_T),
+        cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
+        max_seqlen=int(lengths_N[0]),
+        doc_channel_N=torch.tensor([doc.channel for doc in docs], dtype=torch.int64),
+    )
+
+
+def empty_micro_batch() -> MicroBatch:
+    """One token without a target: keeps a rank in step with others when it has nothing left to do."""
+    return collate([Document(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), 0)])
+
+
+def _num_bins(rows: int, world: int, micro_batch_rows: int) -> int:
+    if rows % (world * micro_batch_rows):
+        raise ValueError(
+            f"data.global_batch_rows={rows} is not a multiple of ranks x data.micro_batch_rows = "
+            f"{world} x {micro_batch_rows} = {world * micro_batch_rows}; "
+            f"set data.global_batch_rows={-(-rows // (world * micro_batch_rows)) * world * micro_batch_rows}"
+        )
+    return rows // micro_batch_rows
+
+
+def _balance(rows: Sequence[Row], num_bins: int, capacity: int) -> list[list[Row]]:
+    costs = [row.cost for row in rows]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    lightest = [(0.0, index) for index in range(num_bins)]
+    for number in sorted(range(len(rows)), key=lambda number: (-costs[number], number)):
+        cost, index = heapq.heappop(lightest)
+        bins[index].append(number)
+        if len(bins[index]) < capacity:
+            heapq.heappush(lightest, (cost + costs[number], index))
+    by_weight = sorted(bins, key=lambda numbers: (-sum(costs[n] for n in numbers), numbers))
+    return [[rows[number] for number in sorted(numbers)] for numbers in by_weight]

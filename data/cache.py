@@ -1,0 +1,286 @@
+"""The token cache of a source: its key, and building it on all ranks at once.
+
+A cache is a folder named by its key, the hash of everything that decides its content. It is written beside its place
+and renamed when whole, so a folder under a key is complete or not there; a killed build leaves a `.build-*` folder that
+nothing reads and the next build on that machine clears. Every rank must see the same `data.cache_dir`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from data.cache_files import VERSION, ShardInfo, ShardWriter, TokenCache, is_complete, write_manifest
+from data.chat import ChatTemplate, template_renderer
+from data.config import SourceConfig
+from data.encode import Encoder, Prepared
+from data.formats import FORMATS, Row, RowError, detect_format
+from data.hashing import hash_files
+from data.peers import Peers
+from data.readers import READERS
+from data.sources import SourceFile, Unit, cut_units, list_files, share_units
+from data.tokenizer import TokenizerInfo, describe, load_tokenizer, tokenizer_digest
+
+BATCH_ROWS = 512
+BATCH_CHARS = 2 << 20
+ROWS_TO_DETECT = 64
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Maker:
+    """The tokenizer and template of a run, loaded at the first source whose cache has to be built."""
+
+    folder: str
+    template_path: str | None
+    loss_on: str
+    key: str = "data.tokenizer"
+    _loaded: tuple[Any, TokenizerInfo] | None = field(default=None, repr=False)
+
+    def digest(self) -> str:
+        """Hash of the tokenizer's files, the template and what is learnt."""
+        parts = [tokenizer_digest(self.folder, self.key), self._template() or "", self.loss_on]
+        return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=16).hexdigest()
+
+    def load(self) -> tuple[Any, TokenizerInfo]:
+        """The tokenizer and its facts."""
+        if self._loaded is None:
+            tokenizer = load_tokenizer(self.folder, self.key)
+            self._loaded = tokenizer, describe(tokenizer)
+        return self._loaded
+
+    def encoder(self) -> Encoder:
+        """A fresh encoder."""
+        tokenizer, info = self.load()
+
+        def chat() -> ChatTemplate:
+            render = template_renderer(tokenizer, self._template(), self.template_path or self.folder)
+            return ChatTemplate(render, tokenizer.all_special_tokens, tokenizer.eos_token, tokenizer.bos_token)
+
+        return Encoder(tokenizer, info, chat, self.loss_on)
+
+    def _template(self) -> str | None:
+        if self.template_path is None:
+            return None
+        try:
+            with open(os.path.expanduser(self.template_path), encoding="utf-8") as stream:
+                return stream.read()
+        except (OSError, UnicodeDecodeError) as err:
+            raise ValueError(f"data.chat_template={self.template_path} cannot be read: {err}") from err
+
+
+def open_cache(source: SourceConfig, key: str, cache_dir: str, maker: Maker, peers: Peers) -> TokenCache:
+    """The token cache of a source, built first if it is not there. To be called by all ranks together.
+
+    Args:
+        source: the source.
+        key: its name in the config, such as `data.sources[0]`, for messages and the progress bar.
+        cache_dir: folder of all caches.
+        maker: tokenizer, template and what to learn.
+
+    Raises:
+        ValueError: the path, the format, the tokenizer or the template is wrong, or the cache cannot be written.
+    """
+    files = peers.from_first(lambda: list_files(source, key))
+    paths = [file.path for file in files]
+    digests = hash_files(paths, cache_dir, peers)
+    parts = {
+        "version": VERSION,
+        "files": [(file.name, file.kind, file.channel, digest) for file, digest in zip(files, digests, strict=True)],
+        "format": source.format,
+        "channel": (source.channel, source.channel_field),
+        "maker": peers.from_first(maker.digest),
+    }
+    name = hashlib.blake2b(json.dumps(parts).encode("utf-8"), digest_size=16).hexdigest()
+    folder = os.path.join(cache_dir, name)
+    if not peers.from_first(lambda: is_complete(folder)):
+        _build(_Plan(source, key, files, folder, name, maker), peers)
+    peers.run(lambda: _must_see(folder))
+    return TokenCache(folder, paths)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    source: SourceConfig
+    key: str
+    files: list[SourceFile]
+    folder: str
+    name: str
+    maker: Maker
+
+
+def _build(plan: _Plan, peers: Peers) -> None:
+    cache_dir = os.path.dirname(plan.folder)
+    work = peers.from_first(lambda: _writing(cache_dir, lambda: _new_build_folder(cache_dir)))
+    try:
+        form = peers.from_first(lambda: _format(plan))
+        shards = peers.run(lambda: _writing(cache_dir, lambda: _build_shard(plan, form, work, peers)))
+        dtype, info = _token_dtype(plan.maker.load()[1]), plan.maker.load()[1]
+        peers.from_first(lambda: _writing(cache_dir, lambda: write_manifest(work, plan.name, dtype, info, shards)))
+        peers.from_first(lambda: _writing(cache_dir, lambda: _put_in_place(work, plan.folder)))
+    finally:
+        if peers.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)  # after success it has been renamed away
+
+
+def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
+    """This rank's run of units as one shard: shards in rank order hold the source's rows in order."""
+    units = share_units(cut_units(plan.files), peers.rank, peers.world)
+    encoder = plan.maker.encoder()
+    writer = ShardWriter(work, peers.rank, _token_dtype(plan.maker.load()[1]))
+    try:
+        lines = _LineNumbers(plan.files)
+        hidden = peers.rank != 0 or not sys.stderr.isatty()
+        label = f"tokens of {plan.source.path}"
+        with tqdm(total=sum(unit.size for unit in units), unit="B", unit_scale=True, desc=label, disable=hidden) as bar:
+            for unit in units:
+                file = plan.files[unit.file]
+                batch: list[tuple[Prepared, str]] = []
+                chars = 0
+                for line, row, reason in READERS[file.kind].read(file.path, unit.start, unit.stop):
+                    try:
+                        if row is None:
+                            raise RowError(reason)
+                        channel = _channel(plan.source, file, row)
+                        prepared = encoder.prepare(FORMATS[form].parse(row))
+                    except RowError as err:
+                        writer.add_bad(unit.file, lines.whole(unit, line), str(err))
+                        continue
+                    batch.append((prepared, channel))
+                    chars += len(prepared.text)
+                    if len(batch) >= BATCH_ROWS or chars >= BATCH_CHARS:
+                        writer.add(batch, encoder.encode([item for item, _ in batch]))
+                        batch, chars = [], 0
+                writer.add(batch, encoder.encode([item for item, _ in batch]))
+                bar.update(unit.size)
+        return writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _channel(source: SourceConfig, file: SourceFile, row: Row) -> str:
+    if source.channel_field is None:
+        return source.channel or file.channel
+    value = row.get(source.channel_field)
+    if not isinstance(value, str | int) or value == "":
+        raise RowError(f"channel_field {source.channel_field} is {'missing' if value is None else repr(value)}")
+    return str(value)
+
+
+def _format(plan: _Plan) -> str:
+    """The source's format: as the config says, or from its first rows."""
+    if plan.source.format != "auto":
+        return plan.source.format
+    if all(file.kind == "text" for file in plan.files):
+        return "text"
+    rows = list(_first_rows(plan.files))
+    if not rows:
+        return "text"  # nothing readable: the gate says so with the reasons of the rows
+    return detect_format(rows, plan.source.path, plan.key)
+
+
+def _first_rows(files: list[SourceFile]) -> Iterator[Row]:
+    found = 0
+    for file in files:
+        for start, stop, _ in READERS[file.kind].cut(file.path):
+            for _, row, _ in READERS[file.kind].read(file.path, start, stop):
+                if row is not None:
+                    yield row
+                    found += 1
+                if found >= ROWS_TO_DETECT:
+                    return
+
+
+class _LineNumbers:
+    """Turns line numbers within a unit into those of the file; units come in order, so no byte is counted twice."""
+
+    def __init__(self, files: list[SourceFile]) -> None:
+        self._files = files
+        self._file, self._start, self._lines = -1, 0, 0
+
+    def whole(self, unit: Unit, line: int) -> int:
+        """Number in the file of line `line` (from 1) of the unit."""
+        if unit.file != self._file:
+            self._file, self._start, self._lines = unit.file, 0, 0
+        file = self._files[unit.file]
+        self._lines += READERS[file.kind].between(file.path, self._start, unit.start)
+        self._start = unit.start
+        return self._lines + line
+
+
+def _token_dtype(info: TokenizerInfo) -> np.dtype:
+    return np.dtype(np.uint16 if info.vocab_size <= 1 << 16 else np.uint32)
+
+
+def _writing(cache_dir: str, work: Callable[[], Result]) -> Result:
+    """Do `work`; trouble with the disk becomes a message about data.cache_dir."""
+    try:
+        return work()
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            raise ValueError(
+                f"data.cache_dir={cache_dir}: the token cache cannot be written ({err}); "
+                "free space there or set data.cache_dir to another folder that every rank sees"
+            ) from err
+        raise
+
+
+def _new_build_folder(cache_dir: str) -> str:
+    os.makedirs(cache_dir, exist_ok=True)
+    _clear_dead_builds(cache_dir)
+    folder = os.path.join(cache_dir, f".build-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+    os.mkdir(folder)
+    return folder
+
+
+def _clear_dead_builds(cache_dir: str) -> None:
+    """Remove what killed builds of this machine left; others' builds may be alive and stay."""
+    for name in os.listdir(cache_dir):
+        host, _, pid = name.removeprefix(".build-").rpartition("-")[0].rpartition("-")
+        if name.startswith(".build-") and host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(os.path.join(cache_dir, name), ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _put_in_place(work: str, folder: str) -> None:
+    """Rename the finished build to its key. If another run was faster, its cache is as good and stays."""
+    if os.path.isdir(folder) and not is_complete(folder):
+        damaged = f"{work}-damaged"
+        os.rename(folder, damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        os.rename(work, folder)
+    except OSError as err:
+        if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _must_see(folder: str) -> None:
+    if not is_complete(folder):
+        raise ValueError(
+            f"data.cache_dir={os.path.dirname(folder)} is not the same folder on every rank: the token cache that "
+            "rank 0 sees is missing here; set data.cache_dir to a folder all machines share"
+        )

@@ -1,0 +1,148 @@
+"""Samples to tokens and loss masks: tokenise once, then mark the tokens that share a character with a learnt range."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.chat import ChatTemplate
+from data.formats import Chat, Completion, RowError, Sample, Text
+from data.tokenizer import TokenizerInfo
+
+CUT, TRUNCATE = 0, 1
+"""What happens to a sample longer than a row: consecutive pieces, or only its beginning."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample as the text to tokenise, with the character ranges to learn."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    plain: bool
+    """BOS (if the tokenizer uses it) and EOS are added around the text; chats get theirs from the template."""
+    turns: int
+    """Endings to learn: assistant turns, or 1 for a text or a completion."""
+    stops: int
+    """How many of them are followed by a learnt stop token."""
+    too_long: int
+    """CUT or TRUNCATE."""
+
+    def content_hash(self) -> int:
+        """64-bit hash of the text: the same wherever the sample stands and whatever the layout."""
+        return int.from_bytes(hashlib.blake2b(self.text.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`tokens_L` and whether each is learnt, `learn_L`."""
+
+    tokens_L: np.ndarray
+    learn_L: np.ndarray
+
+
+class Encoder:
+    """Turns samples into tokens with one tokenizer, one template and one choice of what to learn."""
+
+    def __init__(self, tokenizer: Any, info: TokenizerInfo, chat: Callable[[], ChatTemplate], loss_on: str) -> None:
+        """
+        Args:
+            tokenizer: a fast `transformers` tokenizer.
+            info: its facts.
+            chat: gives the chat template; called at the first chat, so that plain text needs none.
+            loss_on: "assistant" (answers and completions) or "all" (every token).
+        """
+        assert loss_on in ("assistant", "all"), loss_on
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._info = info
+        self._get_chat = chat
+        self._chat: ChatTemplate | None = None
+        self._all = loss_on == "all"
+
+    def prepare(self, sample: Sample) -> Prepared:
+        """The text of a sample and what to learn of it.
+
+        Raises:
+            RowError: the sample cannot be used.
+            ValueError: a chat, and there is no usable chat template.
+        """
+        prepared = self._prepare(sample)
+        try:
+            prepared.text.encode("utf-8")
+        except UnicodeEncodeError as err:
+            raise RowError(f"the text has half a surrogate pair at character {err.start}: not valid Unicode") from err
+        return prepared
+
+    def _prepare(self, sample: Sample) -> Prepared:
+        ends = int(self._info.eos_id is not None)
+        if isinstance(sample, Text):
+            spans = ((0, len(sample.text)),) if self._all else ()
+            return Prepared(sample.text, spans, True, int(self._all), ends * int(self._all), CUT)
+        if isinstance(sample, Completion):
+            text = sample.prompt + sample.completion
+            return Prepared(text, ((0 if self._all else len(sample.prompt), len(text)),), True, 1, ends, TRUNCATE)
+        assert isinstance(sample, Chat)
+        if self._chat is None:
+            self._chat = self._get_chat()
+        rendered = self._chat.render(sample)
+        spans = ((0, len(rendered.text)),) if self._all else rendered.spans
+        return Prepared(rendered.text, spans, False, rendered.turns, rendered.stops, TRUNCATE)
+
+    def encode(self, batch: list[Prepared]) -> list[Encoded]:
+        """Tokens and masks of a batch, in order; runs on all threads the tokenizer has."""
+        whole = [index for index, item in enumerate(batch) if _all_or_nothing(item)]
+        parts = [index for index, item in enumerate(batch) if not _all_or_nothing(item)]
+        results: list[Encoded | None] = [None] * len(batch)
+        texts = [batch[index].text for index in whole]
+        for index, encoding in zip(
+            whole, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True
+        ):
+            tokens_L = np.array(encoding.ids, dtype=np.int64)
+            results[index] = self._finish(batch[index], tokens_L, np.full(len(tokens_L), bool(batch[index].spans)))
+        texts = [batch[index].text for index in parts]
+        for index, encoding in zip(parts, self._backend.encode_batch(texts, add_special_tokens=False), strict=True):
+            tokens_L = np.array(encoding.ids, dtype=np.int64)
+            learn_L = mask_from_spans(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2), batch[index].spans)
+            results[index] = self._finish(batch[index], tokens_L, learn_L)
+        return [result for result in results if result is not None]
+
+    def _finish(self, item: Prepared, tokens_L: np.ndarray, learn_L: np.ndarray) -> Encoded:
+        if not item.plain:
+            return Encoded(tokens_L, learn_L)
+        bos, eos = self._info.bos_id, self._info.eos_id
+        if bos is not None and self._info.adds_bos and (not len(tokens_L) or tokens_L[0] != bos):
+            tokens_L, learn_L = np.insert(tokens_L, 0, bos), np.insert(learn_L, 0, self._all)
+        if eos is not None and (not len(tokens_L) or tokens_L[-1] != eos):
+            tokens_L, learn_L = np.append(tokens_L, eos), np.append(learn_L, bool(item.spans))
+        return Encoded(tokens_L, learn_L)
+
+
+def mask_from_spans(offsets_L2: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Which tokens share a character with a span.
+
+    Args:
+        offsets_L2: [start, stop) characters of each token. Byte-level tokenizers leave white space out of them, so a
+            gap is counted to the token behind it.
+        spans: ascending [start, stop) ranges of characters.
+
+    Returns:
+        bool [L].
+    """
+    if not len(offsets_L2):
+        return np.zeros(0, dtype=bool)
+    stop_L = np.maximum.accumulate(offsets_L2[:, 1])
+    start_L = np.minimum(offsets_L2[:, 0], np.concatenate([[0], stop_L[:-1]]))
+    learn_L = np.zeros(len(offsets_L2), dtype=bool)
+    for begin, end in spans:
+        learn_L |= (start_L < end) & (stop_L > begin)
+    return learn_L
+
+
+def _all_or_nothing(item: Prepared) -> bool:
+    return not item.spans or item.spans == ((0, len(item.text)),)

@@ -1,0 +1,156 @@
+"""From the data section to training rows: read this page to know what happens to the data, in order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.batch import Document, MicroBatch, Row, collate, empty_micro_batch, split_ragged, split_rows
+from data.cache import Maker, open_cache
+from data.cache_files import TokenCache
+from data.config import DataConfig
+from data.gate import GateReport, check, make_report
+from data.order import Pieces, RowOrder
+from data.packing import best_fit, group_by_row
+from data.peers import Peers
+from data.samples import channel_names, held_out, keep, sample_channels
+from data.tokenizer import TokenizerInfo
+
+
+def build(
+    cfg: DataConfig, *, tokenizer_folder: str | None, loss_on: str, seed: int, peers: Peers, max_seq_len: int
+) -> TrainingData:
+    """Everything from sources to rows. To be called by all ranks together.
+
+    Args:
+        cfg: the data section.
+        tokenizer_folder: folder of `init_from`, used unless cfg.tokenizer names one.
+        loss_on: "assistant" (answers with their stop token, completions) or "all" (every token).
+        seed: of the order of samples and of random channels.
+        peers: the other ranks; they share the work of building caches and hear of each other's errors.
+        max_seq_len: longest sequence the model allows.
+
+    Raises:
+        ValueError: a mistake in the section, the tokenizer, the template or the files.
+        GateError: the data do not pass the gate (a ValueError that carries the report).
+    """
+    folder = cfg.tokenizer or tokenizer_folder
+    if folder is None:
+        raise ValueError("data.tokenizer=null and there is no init_from to take one from; set data.tokenizer=FOLDER")
+    if cfg.seq_len > max_seq_len:
+        raise ValueError(f"data.seq_len={cfg.seq_len} is longer than the model allows; set data.seq_len={max_seq_len}")
+
+    # 1. Every source as a token cache: one numbered list of samples with tokens, loss mask and channel.
+    maker = Maker(folder, cfg.chat_template, loss_on, "data.tokenizer" if cfg.tokenizer else "init_from")
+    named = [(f"data.sources[{index}]", source) for index, source in enumerate(cfg.sources)]
+    named_eval = [(f"data.eval_sources[{index}]", source) for index, source in enumerate(cfg.eval_sources)]
+    everything = [open_cache(source, key, cfg.cache_dir, maker, peers) for key, source in named + named_eval]
+    caches, eval_caches = everything[: len(named)], everything[len(named) :]
+
+    # 2. Channels, and which samples are held out: both by content, so neither layout nor file order matters.
+    channels = channel_names(everything, cfg.random_channels)
+    channel_of = [sample_channels(cache, channels, cfg.random_channels, seed) for cache in everything]
+    out = [held_out(cache, cfg.eval_fraction) for cache in caches]
+    everyone = [np.ones(cache.num_samples, dtype=bool) for cache in eval_caches]
+
+    # 3. Samples as pieces that fit in a row; the held-out ones number all caches, to be read from `everything`.
+    train = keep(caches, [~mask for mask in out], channel_of[: len(named)], len(channels), cfg.seq_len)
+    held = keep(everything, out + everyone, channel_of, len(channels), cfg.seq_len)
+
+    # 4. The order of rows, a function of seed and data; the gate looks at its first epoch.
+    weights = tuple(source.weight for source in cfg.sources)
+    order = RowOrder(train.pieces, weights, seed, cfg.seq_len, cfg.packing)
+    report = make_report(channels, train, held, order, tuple(everything))
+    keys = [(key, source.path) for key, source in named + named_eval]
+    check(report, keys, cfg.max_bad_fraction, loss_on, cfg.seq_len)
+    return TrainingData(channels, report, everything, order, held.pieces, _fingerprint(cfg, everything, seed))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows to train on, by position, and the held-out ones."""
+
+    channels: tuple[str, ...]
+    report: GateReport
+    caches: list[TokenCache] = field(repr=False)
+    order: RowOrder = field(repr=False)
+    held_out: Pieces = field(repr=False)
+    fingerprint: str
+    """Changes when the rows at a position do (data, tokenizer, template, seed, weights, seq_len, packing): kept in a
+    checkpoint, it tells whether a resumed run goes on with the same rows."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of the first epoch (of every epoch, if all weights are whole numbers)."""
+        return self.report.rows_per_epoch
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """Facts of the tokenizer that made the tokens."""
+        return self.caches[0].tokenizer
+
+    @property
+    def max_token_id(self) -> int:
+        """Largest id that occurs: the model's vocabulary must be larger."""
+        return max(cache.max_token_id for cache in self.caches)
+
+    def global_batch(self, position: int, rows: int) -> list[Row]:
+        """The rows of one optimizer step, the same on every rank and layout.
+
+        Args:
+            position: rows consumed since the start of training; epochs follow each other without a gap.
+            rows: data.global_batch_rows.
+        """
+        return self.order.rows(position, rows)
+
+    def micro_batches(self, rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a global batch; those of all ranks hold every row once.
+
+        Raises:
+            ValueError: the rows are no multiple of world x micro_batch_rows.
+        """
+        mine = split_rows(rows, rank, world, micro_batch_rows)
+        return [self._micro_batch(self.order.pieces, part) for part in mine]
+
+    def eval_batches(self, rank: int, world: int, micro_batch_rows: int) -> list[MicroBatch]:
+        """This rank's share of the held-out samples, in a fixed order, each sample once over all ranks.
+
+        Every rank gets equally many micro-batches (one token without target fills up), so that collectives inside the
+        forward stay in step. Empty if nothing is held out.
+        """
+        pieces = self.held_out
+        if not len(pieces):
+            return []
+        number_P = np.arange(len(pieces))
+        rows_P = best_fit(pieces.length_P, self.order.seq_len) if self.order.packing == "best_fit" else number_P
+        grouped, starts = group_by_row(rows_P)
+        members = [grouped[starts[index] : starts[index + 1]] for index in range(len(starts) - 1)]
+        rows = [Row(tuple(part.tolist()), tuple(pieces.length_P[part].tolist())) for part in members]
+        mine = split_ragged(rows, rank, world, micro_batch_rows)
+        return [self._micro_batch(pieces, part) if part else empty_micro_batch() for part in mine]
+
+    def _micro_batch(self, pieces: Pieces, rows: Sequence[Row]) -> MicroBatch:
+        return collate([self._document(pieces, piece) for row in rows for piece in row.pieces])
+
+    def _document(self, pieces: Pieces, piece: int) -> Document:
+        cache = self.caches[int(pieces.source_P[piece])]
+        sample, start = int(pieces.sample_P[piece]), int(pieces.start_P[piece])
+        length = int(pieces.length_P[piece])
+        channel = int(pieces.channel_P[piece])
+        return Document(cache.tokens(sample, start, length), cache.learn(sample, start, length), channel)
+
+
+def _fingerprint(cfg: DataConfig, caches: list[TokenCache], seed: int) -> str:
+    weights = [source.weight for source in cfg.sources]
+    parts = [
+        [cache.key for cache in caches[: len(weights)]],
+        weights,
+        seed,
+        cfg.seq_len,
+        cfg.packing,
+        cfg.eval_fraction,
+    ]
+    return hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=16).hexdigest()

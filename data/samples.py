@@ -1,0 +1,127 @@
+"""From samples in caches to pieces that fit in a row: channels, the held-out split, cutting and truncation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.cache_files import TokenCache
+from data.encode import CUT
+from data.order import Pieces
+
+HOLD_OUT, CHANNEL = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+"""Salts: which samples are held out has nothing to do with which random channel they get."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The pieces of one side (training or held out), and what was lost on the way, per channel [C]."""
+
+    pieces: Pieces
+    samples_C: np.ndarray
+    """Samples, the fully masked ones included."""
+    masked_C: np.ndarray
+    """Samples of which nothing is learnt (before or after truncation); they are dropped."""
+    truncated_C: np.ndarray
+    """Samples that lost their end."""
+    turns_C: np.ndarray
+    """Endings to learn."""
+    stops_C: np.ndarray
+    """Of them with a learnt stop token."""
+
+
+def channel_names(caches: list[TokenCache], random_channels: int) -> tuple[str, ...]:
+    """All channels, in the order of sources and rows."""
+    if random_channels:
+        return tuple(f"random_{index}" for index in range(random_channels))
+    return tuple(dict.fromkeys(name for cache in caches for name in cache.channels))
+
+
+def sample_channels(cache: TokenCache, channels: tuple[str, ...], random_channels: int, seed: int) -> np.ndarray:
+    """Channel of every sample of a cache, int64 [S]."""
+    if random_channels:
+        salt = (CHANNEL + seed * HOLD_OUT) % (1 << 64)
+        return (_mix(cache.samples["hash"], salt) % np.uint64(random_channels)).astype(np.int64)
+    own = np.array([channels.index(name) for name in cache.channels], dtype=np.int64)
+    return own[cache.samples["channel"]] if len(own) else np.zeros(0, dtype=np.int64)
+
+
+def held_out(cache: TokenCache, fraction: float) -> np.ndarray:
+    """Which samples are held out, bool [S]: by content alone, so a sample stays on its side when data move or grow."""
+    if fraction == 0:
+        return np.zeros(cache.num_samples, dtype=bool)
+    return _mix(cache.samples["hash"], HOLD_OUT) < np.uint64(fraction * 2.0**64)
+
+
+def keep(
+    caches: list[TokenCache], chosen: list[np.ndarray], channel_of: list[np.ndarray], num_channels: int, seq_len: int
+) -> Kept:
+    """Cut the chosen samples of all caches into pieces of at most seq_len tokens.
+
+    Documents are cut into consecutive pieces, so nothing is lost; conversations and completions keep their beginning.
+
+    Args:
+        chosen: bool [S] of each cache.
+        channel_of: int64 [S] of each cache.
+    """
+    parts = [
+        _keep_one(*each, num_channels, seq_len)
+        for each in zip(range(len(caches)), caches, chosen, channel_of, strict=True)
+    ]
+    if not parts:
+        none, zero = np.zeros(0, dtype=np.int64), np.zeros(num_channels, dtype=np.int64)
+        return Kept(Pieces(none, none, none, none, none, none), zero, zero, zero, zero, zero)
+    names = ("source_P", "sample_P", "start_P", "length_P", "targets_P", "channel_P")
+    joined = {name: np.concatenate([getattr(part.pieces, name) for part in parts]) for name in names}
+    counts = ("samples_C", "masked_C", "truncated_C", "turns_C", "stops_C")
+    return Kept(Pieces(**joined), **{name: np.sum([getattr(part, name) for part in parts], axis=0) for name in counts})
+
+
+def _keep_one(
+    number: int, cache: TokenCache, chosen_S: np.ndarray, channel_S: np.ndarray, num_channels: int, seq_len: int
+) -> Kept:
+    samples = np.flatnonzero(chosen_S)
+    table = cache.samples[samples]
+    channel = channel_S[samples]
+    length, targets = table["length"].copy(), table["targets"].copy()
+    turns, stops = table["turns"].astype(np.int64), table["stops"].astype(np.int64)
+    truncated = (length > seq_len) & (table["too_long"] != CUT)
+    for index in np.flatnonzero(truncated):
+        learn_L = cache.learn(int(samples[index]), 0, seq_len)
+        targets[index] = learn_L[1:].sum()
+        begun = int(learn_L[0]) + int((learn_L[1:] & ~learn_L[:-1]).sum())
+        turns[index], stops[index] = begun, min(stops[index], begun - int(learn_L[-1]))  # the cut turn never stops
+    length[truncated] = seq_len
+    masked = targets == 0
+    # A document of one token teaches nothing either, but it is not masked: there is nothing before it.
+    masked &= (table["turns"] == 0) | (table["too_long"] != CUT)
+
+    def count(values: np.ndarray) -> np.ndarray:
+        return np.bincount(channel, weights=values, minlength=num_channels).astype(np.int64)
+
+    alive = np.flatnonzero(~masked)
+    num_pieces = -(-length[alive] // seq_len)
+    owner = np.repeat(alive, num_pieces)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    piece_length = np.minimum(length[owner] - nth * seq_len, seq_len)
+    several = np.repeat(num_pieces, num_pieces) > 1
+    piece_targets = np.where(several, piece_length - 1, targets[owner])  # only documents are cut: all of it is learnt
+    pieces = Pieces(
+        source_P=np.full(len(owner), number, dtype=np.int64),
+        sample_P=samples[owner],
+        start_P=nth * seq_len,
+        length_P=piece_length,
+        targets_P=piece_targets,
+        channel_P=channel[owner],
+    )
+    return Kept(pieces, count(np.ones(len(samples))), count(masked), count(truncated), count(turns), count(stops))
+
+
+def _mix(hash_S: np.ndarray, salt: int) -> np.ndarray:
+    """SplitMix64 of hash + salt (Steele, Lea, Flood 2014): independent-looking 64-bit values."""
+    with np.errstate(over="ignore"):
+        z = hash_S + np.uint64(salt)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
