@@ -136,7 +136,7 @@ def save(sections: tuple[Section, ...], project: str, entity: str | None) -> str
     except ImportError as err:
         raise ValueError(f"package {err.name} is not installed; pip install wandb wandb-workspaces") from err
     try:
-        if not wandb.login(timeout=0):
+        if not wandb.login(prompt=False):
             raise ValueError("wandb has no login; run `wandb login` once, or look at the board with --dry-run")
         owner = entity or wandb.Api(timeout=20).default_entity
         if not owner:

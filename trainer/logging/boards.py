@@ -6,6 +6,7 @@ that fails is reported and left out: no run ends because of one.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import secrets
 import threading
@@ -19,6 +20,8 @@ from trainer.logging.config import LogConfig
 _GROUPS = ("train", "channel", "perf", "eval")
 # Seconds until wandb's server counts as out of reach.
 _WANDB_TIMEOUT = 30.0
+# Seconds a failed or unfinished run waits for its boards.
+EXIT_TIMEOUT = 5.0
 
 
 class Board(Protocol):
@@ -98,11 +101,11 @@ class Wandb:
         )
         if mode == "online":
             try:
-                # Without a key wandb.init would ask for one on the terminal, from a thread nobody sees.
-                if not wandb.login(timeout=0, relogin=False):
-                    raise wandb.errors.UsageError("no login; run `wandb login` once")
+                # Asked here without a prompt: wandb.init would ask for a key on the terminal, above the progress bar.
+                if not wandb.login(prompt=False):
+                    raise wandb.UsageError("no login; run `wandb login` once")
                 run = wandb.init(mode="online", resume="allow", settings=settings, **fixed)
-            except (wandb.errors.Error, OSError, ValueError, TimeoutError) as err:
+            except (wandb.Error, OSError, ValueError, TimeoutError) as err:
                 reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
                 note(
                     f"wandb: not online ({reason}); going on offline; "
@@ -145,6 +148,7 @@ class BackgroundBoard:
 
     def close(self, failed: bool, timeout: float) -> bool:
         """Let the thread finish; False if it still runs after ``timeout`` seconds."""
+        atexit.unregister(self.close)
         self._queue.put(_Close(failed))
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -152,6 +156,8 @@ class BackgroundBoard:
     def _work(self) -> None:
         try:
             board = self._start()
+            # Registered after the library's own hook, so run before it, in a program that ends without close().
+            atexit.register(self.close, failed=True, timeout=EXIT_TIMEOUT)
             while not isinstance(item := self._queue.get(), _Close):
                 board.write(*item)
             board.close(item.failed)

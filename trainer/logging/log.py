@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import time
 import warnings
@@ -12,15 +13,14 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TextIO
 
 from trainer.logging import history
-from trainer.logging.boards import BackgroundBoard, TensorBoard, Wandb
+from trainer.logging.boards import EXIT_TIMEOUT, BackgroundBoard, TensorBoard, Wandb
 from trainer.logging.config import LogConfig
 from trainer.logging.files import GrowingFile
 from trainer.logging.line import PLAIN_WIDTH, Eta, duration, eval_line, step_line
 from trainer.logging.terminal import Terminal
 
-# Seconds close() waits for the boards to write out what they hold; a failed run ends soon, so that its error is seen.
+# Seconds close() waits for the boards to write out what they hold.
 _CLOSE_TIMEOUT = 60.0
-_FAILED_CLOSE_TIMEOUT = 5.0
 
 
 class Log(Protocol):
@@ -105,6 +105,8 @@ class RunLog:
             self._add_board("wandb", lambda: Wandb(run_dir, cfg, run_name, resolved_config, self._heard.put))
         elif cfg.entity is not None:
             warnings.warn(f"log.entity={cfg.entity} is ignored: log.wandb=disabled", stacklevel=2)
+        # A program that ends without close() still flushes, and no thread is cut off inside a library's C++ code.
+        atexit.register(self.close, "the program ended before the run did", failed=True)
         if resume_step > 0:
             self._metrics.line(history.encode("resume", resume_step, time.time(), {}))
 
@@ -142,7 +144,8 @@ class RunLog:
         if self._closed:
             return
         self._closed = True
-        patience = _FAILED_CLOSE_TIMEOUT if failed else _CLOSE_TIMEOUT
+        atexit.unregister(self.close)
+        patience = EXIT_TIMEOUT if failed else _CLOSE_TIMEOUT
         deadline = time.monotonic() + patience
         for board in self._boards:
             if not board.close(failed, max(deadline - time.monotonic(), 0.0)):
