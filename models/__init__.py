@@ -1,4 +1,4 @@
-"""What is computed: the decoder, its families by name, and their sizes. See docs/architecture.md for the shape legend."""
+"""What is computed: the decoder, its families by name, and their sizes. Shape legend: docs/architecture.md."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""The decoder, written once for all families. Shapes: docs/architecture.md. Input is packed: [T] tokens, no batch dim."""
+"""The decoder, written once for all families. Input is packed: [T] tokens, no batch dim."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,7 +15,9 @@ from models.blocks.norm import RMSNorm
 from models.blocks.rope import Rope
 from models.config import ModelConfig, Runtime
 from models.heads import LMHead, ScalarHead
-from parallel.sharding import Axis
+from parallel.sharding import SINGLE, Axis
+
+PLAIN = Runtime()
 
 
 class Layer(nn.Module):
@@ -80,7 +83,7 @@ class Decoder(nn.Module):
         assert borders[0] == 0 and borders[-1] == tokens_T.shape[0], (
             f"borders {borders} do not cover {tokens_T.shape[0]}"
         )
-        lengths = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+        lengths = [b - a for a, b in pairwise(borders)]
         cos_TK, sin_TK = self.rope.tables(positions_T, lengths)
         packing = Packing.of(cos_TK, sin_TK, borders, {self.cfg.window(i) for i in range(self.cfg.num_layers)})
         hidden_TD = self.embed(tokens_T)
@@ -96,7 +99,7 @@ class Decoder(nn.Module):
         return self.head(hidden_TD) if output == "head" else hidden_TD
 
 
-def build(cfg: ModelConfig, axis: Axis = Axis(), runtime: Runtime = Runtime()) -> Decoder:
+def build(cfg: ModelConfig, axis: Axis = SINGLE, runtime: Runtime = PLAIN) -> Decoder:
     """A decoder on the meta device: names, shapes and records of every parameter, no memory."""
     with torch.device("meta"):
         return Decoder(cfg, axis, runtime)

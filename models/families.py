@@ -1,8 +1,7 @@
 """The families by name. A new one is a file beside this, an entry here, and a YAML in conf/model."""
 
-from typing import Any, Protocol
-
 from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from models import llama, qwen2, qwen3
 from models.config import ModelConfig, Problem

@@ -12,7 +12,7 @@ from parallel.sharding import REPLICATED, Axis, Shard
 
 
 class LMHead(nn.Module):
-    """Logits over the vocabulary, or straight the loss. `tied` is the embedding's own parameter, registered here as well."""
+    """Logits over the vocabulary, or straight the loss. `tied` is the embedding's parameter, registered here too."""
 
     def __init__(self, cfg: ModelConfig, axis: Axis, loss_chunk: int, tied: nn.Parameter | None) -> None:
         super().__init__()

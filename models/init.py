@@ -1,11 +1,11 @@
 """How weights are drawn: each parameter whole, from its global name and the seed alone.
 
-| rule              | values                                            | parameters                                        |
-|-------------------|---------------------------------------------------|---------------------------------------------------|
-| `normal`          | normal, std = `init_std`                          | embed, attn.qkv, mlp.gate_up, head                |
-| `normal_residual` | normal, std = `init_std / sqrt(2 num_layers)`     | attn.out, mlp.down (they write to the residual)   |
-| `ones`            | 1                                                 | all norms                                         |
-| `zeros`           | 0                                                 | all biases                                        |
+| rule              | values                                        | parameters                                      |
+|-------------------|-----------------------------------------------|-------------------------------------------------|
+| `normal`          | normal, std = `init_std`                      | embed, attn.qkv, mlp.gate_up, head              |
+| `normal_residual` | normal, std = `init_std / sqrt(2 num_layers)` | attn.out, mlp.down (they write to the residual) |
+| `ones`            | 1                                             | all norms                                       |
+| `zeros`           | 0                                             | all biases                                      |
 
 A draw depends on nothing else: not on the layout, not on which parameters came before. Source of the residual rule:
 Radford et al. 2019 (GPT-2), section 2.3.

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): RMSNorm on each query and key head before rotation, a head size of its own, no q/k/v bias by default."""
+"""Qwen3 (dense): RMSNorm on each query and key head before rotation, a head size of its own, no biases by default."""
 
 from collections.abc import Mapping
 from typing import Any

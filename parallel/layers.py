@@ -1,4 +1,4 @@
-"""Tensor-parallel layers. With an axis of size one they are the plain layers; parameters carry how they are cut and drawn."""
+"""Tensor-parallel layers. With an axis of size one they are the plain layers. Parameters carry how they are cut."""
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ class RowLinear(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """Token embedding cut along the vocabulary: tokens [T] -> [T, D]. Rows of other ranks count as zero, then all are summed."""
+    """Token embedding cut along the vocabulary: [T] -> [T, D]. Rows of other ranks count as zero; all are summed."""
 
     def __init__(self, vocab: int, dim: int, init: str, axis: Axis) -> None:
         super().__init__()

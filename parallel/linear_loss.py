@@ -1,7 +1,7 @@
 """Cross-entropy straight from hidden states, in chunks: the logits of all tokens never exist at once.
 
-Per chunk the forward makes fp32 logits, the loss, and at once the gradients of hidden and weight, so nothing is kept of a
-chunk and no logits are made twice. Positions without a target cost nothing: they are taken out first.
+Per chunk the forward makes fp32 logits, the loss, and at once the gradients of hidden and weight, so nothing is kept of
+a chunk and no logits are made twice. Positions without a target cost nothing: they are taken out first.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from parallel.collectives import all_reduce
 from parallel.matmul import compute_dtype, product_nt_fp32
-from parallel.sharding import Axis
+from parallel.sharding import SINGLE, Axis
 
 IGNORE = -100
 # A product is added to the weight gradient in row blocks of this many elements, so that it needs no second gradient.
@@ -19,7 +19,7 @@ _BLOCK = 1 << 22
 
 
 def _probabilities(logits_CV: torch.Tensor, local_C: torch.Tensor, mine_C: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Turn fp32 logits into probabilities in place and return the loss per token [C]; the vocabulary is cut over `axis`."""
+    """Turn fp32 logits, their vocabulary cut over `axis`, into probabilities in place; gives each token's loss [C]."""
     picked_C = logits_CV.gather(1, local_C[:, None]).squeeze(1)
     if axis.size > 1:
         picked_C = all_reduce(picked_C.masked_fill_(~mine_C, 0.0), axis)
@@ -106,7 +106,7 @@ def linear_loss(
     targets_T: torch.Tensor,
     scale: float = 1.0,
     chunk: int = 1024,
-    axis: Axis = Axis(),
+    axis: Axis = SINGLE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of `softmax(hidden @ weight.T)` against `targets_T` (-100 = no target).
 

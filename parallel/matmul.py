@@ -1,7 +1,7 @@
 """Matrix products and the linear function under every layer.
 
-On a CPU with AVX-512, torch's fp32 `mm` goes to a BLAS that may use half the vector width; oneDNN, shipped with torch, was measured at
-165-190 GFLOP/s a thread where `mm` reached 73-88 (1024 x 256 x 1408, Zen 5). Elsewhere `mm` is used.
+On a CPU, torch's fp32 `mm` goes to MKL, which uses half the vector width on processors of another maker; oneDNN,
+shipped with torch as well, was measured at 165-190 GFLOP/s a thread where `mm` reached 73-88 (1024 x 256 x 1408, Zen 5).
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ class Again:
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b (+ residual). Keeps the leaf `weight` itself, never a view or cast of it: under ZeRO-3 a kept view would
-    hold the gathered weight until the backward. Keeps `x`, or what `again` needs to make it."""
+    """x W^T + b (+ residual). Keeps the leaf `weight` itself, never a view or cast of it: under ZeRO-3 a kept view
+    would hold the gathered weight until the backward. Keeps `x`, or what `again` needs to make it."""
 
     @staticmethod
     def forward(

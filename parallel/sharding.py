@@ -1,7 +1,7 @@
-"""How a parameter is cut over a parallel axis: the record every parameter carries, and pure functions that cut and join.
+"""How a parameter is cut over a parallel axis: the record every parameter carries, which cuts and joins.
 
-A fused parameter (q|k|v rows, gate|up rows) is several chunks along one dim; each chunk is cut by itself, so that rank r
-holds `[q_r | k_r | v_r]` and a layer works on its own heads without moving a row.
+A fused parameter (q|k|v rows, gate|up rows) is several chunks along one dim; each chunk is cut by itself, so that
+rank r holds `[q_r | k_r | v_r]` and a layer works on its own heads without moving a row.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,10 @@ class Axis:
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = None
+
+
+SINGLE = Axis()
+"""No cutting: one rank holds everything."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ document never sees another: `eager` masks, the others run per document.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class Packing:
 
     @staticmethod
     def of(cos_TK: torch.Tensor, sin_TK: torch.Tensor, borders: tuple[int, ...], windows: set[int | None]) -> "Packing":
-        longest = max(b - a for a, b in zip(borders, borders[1:], strict=False))
+        longest = max(b - a for a, b in pairwise(borders))
         pieces = {window: pieces_of(borders, window, cos_TK.device) for window in windows}
         return Packing(cos_TK, sin_TK, borders, longest, pieces)
 
@@ -71,9 +72,7 @@ def eager(qkv: torch.Tensor, packing: Packing, heads: Heads) -> torch.Tensor:
     scores_HTT = torch.einsum("thk,shk->hts", q, k) * heads.dim**-0.5
     total = qkv.shape[0]
     place_T = torch.arange(total, device=qkv.device)
-    lengths = torch.tensor(
-        [b - a for a, b in zip(packing.borders, packing.borders[1:], strict=False)], device=qkv.device
-    )
+    lengths = torch.tensor([b - a for a, b in pairwise(packing.borders)], device=qkv.device)
     doc_T = torch.arange(len(lengths), device=qkv.device).repeat_interleave(lengths)
     distance_TT = place_T[:, None] - place_T[None, :]
     hidden_TT = (distance_TT < 0) | (doc_T[:, None] != doc_T[None, :])

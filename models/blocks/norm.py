@@ -43,7 +43,7 @@ def scaled(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, dtype: tor
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dim, [..., D] -> [..., D], in fp32 whatever the input; output in the dtype of the next product."""
+    """RMSNorm over the last dim, [..., D] -> [..., D], computed in fp32, given in the dtype of the next product."""
 
     def __init__(self, dim: int, eps: float, axis: Axis) -> None:
         super().__init__()

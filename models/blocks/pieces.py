@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -13,8 +14,8 @@ QUERY_BLOCK = 256
 class Piece:
     """Queries `q_start:q_stop` against keys `k_start:q_stop`.
 
-    Without a mask: `docs` documents of equal length, causal, with `k_start == q_start`. With a mask (fp32 [queries, keys], 0 or
-    -inf): part of one document under a sliding window.
+    Without a mask: `docs` documents of equal length, causal, with `k_start == q_start`. With a mask (fp32
+    [queries, keys], 0 or -inf): part of one document under a sliding window.
     """
 
     q_start: int
@@ -32,7 +33,7 @@ def pieces_of(borders: Sequence[int], window: int | None, device: torch.device) 
     """
     pieces: list[Piece] = []
     masks: dict[tuple[int, int], torch.Tensor] = {}
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         length = stop - start
         if length == 0:
             continue

@@ -14,7 +14,7 @@ from models.config import ModelConfig, RopeConfig
 
 
 class Rope:
-    """cos and sin of a model's positions. Not a module: it has no weights and stays fp32 whatever the model is cast to."""
+    """cos and sin of a model's positions. Not a module: no weights, and fp32 whatever the model is cast to."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.rope, self.head_dim = cfg.rope, cfg.head_dim
@@ -103,7 +103,7 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def rotate_(heads_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Turn every head in place: (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of K; cos, sin [T, K / 2]."""
+    """Turn every head in place: (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of K."""
     rotate_into(heads_THK, heads_THK, cos, sin)
 
 

@@ -1,8 +1,8 @@
 """Packed attention on the CPU in one autograd function: rotation, torch's flash kernels per piece, one gradient buffer.
 
-Around torch's public function the same work costs a copy of every slice and, in the backward, a zeroed full-size gradient
-for each document. Kept for the backward: the rotated q|k|v rows (in the projection's own buffer), the output (which
-the next layer keeps anyway) and one number a query and head.
+Around torch's public function the same work costs a copy of every slice and, in the backward, a zeroed full-size
+gradient for each document. Kept for the backward: the rotated q|k|v rows (in the projection's own buffer), the output
+(which the next layer keeps anyway) and one number a query and head.
 """
 
 from typing import Any

@@ -1,0 +1,146 @@
+"""A model as a Hugging Face folder: config.json, safetensors, generation config, tokenizer."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from convert.from_hf import weight_rules, whole_shapes
+from convert.hf_files import SHARD_BYTES, SafetensorsWriter
+from models import FAMILIES
+from models.config import ModelConfig
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def export(
+    folder: str | Path,
+    cfg: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    tokenizer_folder: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. It appears under its name when complete.
+
+    Args:
+        tensors: our names with whole tensors, each once, in any order, taken one at a time.
+        tokenizer_folder: where the tokenizer's files, special token ids and generation config are copied from.
+        dtype: of the written weights.
+        shard_bytes: largest weight file.
+        overwrite: replace a folder that holds an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder is in use, the disk is full, or the tokenizer's folder has no tokenizer.
+    """
+    folder = Path(folder).absolute()
+    _check_target(folder, overwrite)
+    special = _special_tokens(Path(tokenizer_folder)) if tokenizer_folder is not None else {}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write_weights(temp, cfg, tensors, dtype, shard_bytes)
+        config = FAMILIES[cfg.family].to_hf_config(cfg) | special
+        config |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
+        _write_json(temp / "config.json", config)
+        _write_generation_config(temp, tokenizer_folder, special)
+        if tokenizer_folder is not None:
+            for name in TOKENIZER_FILES:
+                if (Path(tokenizer_folder) / name).is_file():
+                    shutil.copyfile(Path(tokenizer_folder) / name, temp / name)
+        temp.chmod(0o755)
+        _replace(temp, folder)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return folder
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a new folder for the export")
+    if not overwrite:
+        raise ValueError(
+            f"{folder} already holds something; give a new folder, or ask for it to be replaced (overwrite)"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} is not an earlier export (it has no config.json), so it is not replaced; give a new folder"
+        )
+
+
+def _replace(temp: Path, folder: Path) -> None:
+    """Put `temp` in the place of `folder`; an earlier export stays until the new one is there."""
+    if not folder.exists():
+        os.rename(temp, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    os.rename(folder, old / folder.name)
+    os.rename(temp, folder)
+    shutil.rmtree(old)
+
+
+def _write_weights(
+    folder: Path, cfg: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, shard_bytes: int
+) -> None:
+    rules, _ = weight_rules(cfg)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in whole_shapes(cfg).items():
+        shapes |= rules[name].hf_shapes(shape)
+    writer = SafetensorsWriter(folder, shapes, dtype, shard_bytes)
+    for name, tensor in tensors:
+        for hf_name, part in rules[name].to_hf(tensor).items():
+            writer.put(hf_name, part)
+    writer.finish()
+
+
+def _special_tokens(folder: Path) -> dict[str, object]:
+    """The ids of begin, end and padding, from the folder's config.json or its tokenizer.
+
+    Raises:
+        ValueError: no tokenizer there.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json); give the folder the run took its tokenizer from")
+    config = _read_json(folder / "config.json")
+    ids = {key: config[key] for key in SPECIAL if config.get(key) is not None}
+    if "eos_token_id" in ids:
+        return ids
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = {key: getattr(tokenizer, key) for key in SPECIAL}
+    return ids | {key: value for key, value in known.items() if value is not None}
+
+
+def _write_generation_config(temp: Path, tokenizer_folder: str | Path | None, special: dict[str, object]) -> None:
+    theirs = _read_json(Path(tokenizer_folder) / "generation_config.json") if tokenizer_folder is not None else {}
+    _write_json(temp / "generation_config.json", theirs or ({"_from_model_config": True} | special))
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
