@@ -90,7 +90,7 @@ def export_model(folder: Path) -> None:
         source, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.config.rms_norm_eps = 1e-5
-    del model.config._model_name_or_path  # a working title out of the file's header
+    model.config.__dict__.pop("_model_name_or_path", None)  # a working title out of the file's header
     assert sum(p.numel() for p in model.parameters()) == NUM_PARAMS, "unexpected number of parameters in the GGUF file"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
