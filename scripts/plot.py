@@ -14,10 +14,12 @@ import io
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,7 +33,7 @@ from trainer.logging.history import History, read
 _COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#777777")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 _COLUMNS = 3
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -109,7 +111,7 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
 
 def _fit_y(axes: Axes, metric: str) -> None:
     """The y scale that suits a quantity: amounts from 0, rates in powers of ten, a norm with spikes logarithmic."""
-    values = [y for line in axes.get_lines() for y in line.get_ydata() if math.isfinite(y) and y > 0]
+    values = [y for line in axes.get_lines() for y in np.asarray(line.get_ydata()) if math.isfinite(y) and y > 0]
     if metric.startswith("perf/") and values:
         axes.set_ylim(0, 1.1 * max(values))
     elif metric == "train/lr":

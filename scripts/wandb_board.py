@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from trainer.logging.history import read
 VIEW_NAME = "Loom training"
 # The x axis of every panel: the training step, a metric of its own, so that a resumed run draws over itself.
 X_AXIS = "step"
+_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,19 @@ def board(channels: list[str]) -> tuple[Section, ...]:
 def to_workspace(sections: tuple[Section, ...], project: str, entity: str) -> Any:
     """The same board as an object of wandb's workspace library, not yet saved."""
     from wandb_workspaces import workspaces
-    from wandb_workspaces.reports.v2 import Layout, LinePlot
+    from wandb_workspaces.reports.v2 import LinePlot
 
-    columns, width, height = 3, 8, 6
     made = []
     for section in sections:
-        panels = [
-            LinePlot(
-                title=panel.title,
-                x=X_AXIS,
-                y=list(panel.metrics),
-                title_x="step",
-                title_y=panel.unit,
-                layout=Layout(x=width * (i % columns), y=height * (i // columns), w=width, h=height),
-            )
-            for i, panel in enumerate(section.panels)
+        panels: list[Any] = [
+            LinePlot(title=panel.title, x=X_AXIS, y=list(panel.metrics), title_x="step", title_y=panel.unit)
+            for panel in section.panels
         ]
         if panels:
-            made.append(workspaces.Section(name=section.name, panels=panels, is_open=True))
+            # As many rows as it takes: a section otherwise shows six panels and hides the rest behind a page.
+            rows = math.ceil(len(panels) / _COLUMNS)
+            layout = workspaces.SectionLayoutSettings(columns=_COLUMNS, rows=rows)
+            made.append(workspaces.Section(name=section.name, panels=panels, is_open=True, layout_settings=layout))
     return workspaces.Workspace(entity=entity, project=project, name=VIEW_NAME, sections=made)
 
 

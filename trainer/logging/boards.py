@@ -89,6 +89,8 @@ class Wandb:
             self._run.define_metric(f"{group}/*", step_metric="step")
 
     def _start(self, mode: str, fixed: dict[str, Any], note: Callable[[str], None]) -> Any:
+        from wandb.errors import Error, UsageError
+
         wandb = self._wandb
         # The run folder already records code, git state and packages; wandb's own collectors start processes for them.
         settings = wandb.Settings(
@@ -103,9 +105,9 @@ class Wandb:
             try:
                 # Asked here without a prompt: wandb.init would ask for a key on the terminal, above the progress bar.
                 if not wandb.login(prompt=False):
-                    raise wandb.UsageError("no login; run `wandb login` once")
+                    raise UsageError("no login; run `wandb login` once")
                 run = wandb.init(mode="online", resume="allow", settings=settings, **fixed)
-            except (wandb.Error, OSError, ValueError, TimeoutError) as err:
+            except (Error, OSError, ValueError, TimeoutError) as err:
                 reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
                 note(
                     f"wandb: not online ({reason}); going on offline; "

@@ -88,7 +88,7 @@ def test_every_panel_is_labelled_and_every_channel_drawn(tmp_path: Path) -> None
     assert [text.get_text() for text in panels["Memory"].texts] == ["not measured"]
     assert panels["Gradient norm"].get_yscale() == "linear"  # 1000 to 25: less than two decades
     drawn = panels["Channel code"].get_lines()
-    assert [line.get_ydata()[0] for line in drawn] == [4.5, 5.0]
+    assert [np.asarray(line.get_ydata())[0] for line in drawn] == [4.5, 5.0]
     legend = panels["Loss"].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["a", "not finite", "a, held out", "b", "b, held out"]

@@ -42,8 +42,8 @@ def test_workspace_library_gets_the_same_panels() -> None:
     assert [tuple(panel.y) for panel in panels] == [panel.metrics for section in sections for panel in section.panels]
     assert {panel.x for panel in panels} == {"step"}
     for section in workspace.sections:
-        places = [(panel.layout.x, panel.layout.y) for panel in section.panels]
-        assert len(set(places)) == len(places)
+        # All panels of a section on one page.
+        assert section.layout_settings.columns * section.layout_settings.rows >= len(section.panels)
 
 
 def test_a_board_without_channels_has_no_empty_section() -> None:
@@ -61,7 +61,9 @@ def test_saving_returns_the_address(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             saved.append(self)
             return self
 
-        url = "https://example.com/board"
+        @property
+        def url(self) -> str:
+            return "https://example.com/board"
 
     monkeypatch.setattr(wandb, "login", lambda prompt: True)
     monkeypatch.setattr(workspaces, "Workspace", Saved)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.errors import CommError
 
 from trainer.logging import history
 from trainer.logging.boards import BackgroundBoard
@@ -216,7 +217,7 @@ def test_online_without_server_goes_on_offline(tmp_path: Path, monkeypatch: pyte
 
     def unreachable(**options: Any) -> object:
         if options["mode"] == "online":
-            raise wandb.CommError("Run initialization has timed out after 30.0 sec.")
+            raise CommError("Run initialization has timed out after 30.0 sec.")
         return start(**options)
 
     monkeypatch.setattr(wandb, "login", lambda prompt: True)
