@@ -6,7 +6,6 @@ composes them and judges how they go together. Nothing here starts a process gro
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +14,15 @@ import torch
 
 from data.config import DataConfig
 from data.config import problems as data_problems
-from models import config_from_hf_folder
 from models.config import ModelConfig
 from parallel.config import EngineConfig
+from trainer.folders import folder_problem, nearby, other_model, tokenizer_problem
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
 from trainer.problems import Problem, format_problems, nearest
 from trainer.stages.base import StageConfig
 
 __all__ = ["Machine", "Problem", "RunConfig", "RunSection", "check", "format_problems", "ignored"]
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-MAY_DIFFER_FROM_FOLDER = ("family", "rope", "max_seq_len", "sliding_window", "init_std")
-"""Model fields that change no tensor of a checkpoint: a longer context or another window is a choice, not a mistake."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +124,9 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
 
 def own_problems(cfg: RunConfig) -> list[Problem]:
     """What each section says of its own values."""
-    rows = data_problems(cfg.data)
-    for section in (cfg.model, cfg.engine, cfg.optim, cfg.log, cfg.run):
+    rows = [(f"model.{key}", value, reason, way) for key, value, reason, way in cfg.model.problems()]
+    rows += data_problems(cfg.data)
+    for section in (cfg.engine, cfg.optim, cfg.log, cfg.run):
         rows += section.problems()
     return [Problem(*row) for row in rows]
 
@@ -154,26 +149,24 @@ def _batch(cfg: RunConfig, world_size: int) -> list[Problem]:
 
 
 def _length(cfg: RunConfig, world_size: int) -> list[Problem]:
-    most = cfg.model.max_seq_len
-    if cfg.data.seq_len <= most:
+    wanted, most = cfg.data.seq_len, cfg.model.max_seq_len
+    if wanted <= most or most < 1:
         return []
     reason = f"is longer than the model's positions reach: model.max_seq_len={most}"
-    way = f"data.seq_len={most}, or extend the model: model.max_seq_len={cfg.data.seq_len} with a model.rope scaling"
-    return [Problem("data.seq_len", cfg.data.seq_len, reason, way)]
+    longer = f"model.max_seq_len={wanted}"
+    if cfg.init_from is not None:
+        trained = cfg.model.rope.original_max_seq_len or most
+        factor = -(-wanted // trained)
+        longer += f" model.rope.scaling=yarn model.rope.factor={factor} model.rope.original_max_seq_len={trained}"
+    return [Problem("data.seq_len", wanted, reason, f"data.seq_len={most}, or stretch the model: {longer}")]
 
 
 def _training_length(cfg: RunConfig, world_size: int) -> list[Problem]:
     if (cfg.run.steps is None) != (cfg.run.epochs is None):
         return []
     if cfg.run.steps is None:
-        return [
-            Problem(
-                "run.steps",
-                None,
-                "neither run.steps nor run.epochs says how long to train",
-                "run.steps=100 or run.epochs=1",
-            )
-        ]
+        reason = "neither run.steps nor run.epochs says how long to train"
+        return [Problem("run.steps", None, reason, "run.steps=100 or run.epochs=1")]
     reason = f"run.epochs={cfg.run.epochs:g} is given too, and only one of them can say when to stop"
     return [Problem("run.steps", cfg.run.steps, reason, "run.epochs=null or run.steps=null")]
 
@@ -203,59 +196,18 @@ def _stage(cfg: RunConfig, world_size: int) -> list[Problem]:
     return []
 
 
-def folder_problem(init_from: str) -> Problem | None:
-    """Why a folder cannot be started from: missing, or without config, weights or a family we know."""
-    folder = Path(init_from)
-    if not folder.is_dir():
-        reason = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        return Problem("init_from", init_from, reason, _nearby(folder) or "the path of a Hugging Face model folder")
-    if not (folder / "config.json").is_file():
-        way = "a folder as written by save_pretrained: config.json beside the weights"
-        return Problem("init_from", init_from, "holds no config.json", way)
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
-        way = "a folder as written by save_pretrained: model.safetensors beside config.json"
-        return Problem("init_from", init_from, f"holds no weights (none of {', '.join(WEIGHT_FILES)})", way)
-    try:
-        config_from_hf_folder(init_from)
-    except ValueError as err:
-        return Problem("init_from", init_from, str(err), "a folder of a supported family")
-    return None
-
-
 def _start(cfg: RunConfig, world_size: int) -> list[Problem]:
     if cfg.init_from is None:
         return []
-    wrong = folder_problem(cfg.init_from)
-    if wrong is not None:
-        return [wrong]
-    theirs = config_from_hf_folder(cfg.init_from)
-    fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in MAY_DIFFER_FROM_FOLDER]
-    differ = [name for name in fields if getattr(cfg.model, name) != getattr(theirs, name)]
-    if not differ:
-        return []
-    pairs = ", ".join(
-        f"model.{n} is {getattr(cfg.model, n)} against {getattr(theirs, n)} in the folder" for n in differ
-    )
-    return [
-        Problem(
-            "init_from",
-            cfg.init_from,
-            f"its config.json is another model: {pairs}",
-            "model=hf reads the sizes from the folder",
-        )
-    ]
+    return [p for p in (folder_problem(cfg.init_from) or other_model(cfg.init_from, cfg.model),) if p]
 
 
 def _tokenizer(cfg: RunConfig, world_size: int) -> list[Problem]:
-    key, path = ("data.tokenizer", cfg.data.tokenizer) if cfg.data.tokenizer else ("init_from", cfg.init_from)
-    way = "data.tokenizer=FOLDER with a tokenizer.json"
-    if path is None:
+    if cfg.data.tokenizer is None and cfg.init_from is None:
         reason = "no tokenizer is named, and without init_from there is no folder to take it from"
-        return [Problem("data.tokenizer", None, reason, way)]
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return [Problem(key, path, f"holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})", way)]
-    return []  # a missing folder is told by the section, or by init_from's own rule
+        return [Problem("data.tokenizer", None, reason, "data.tokenizer=FOLDER with a tokenizer.json")]
+    key = "data.tokenizer" if cfg.data.tokenizer else "init_from"
+    return [p for p in (tokenizer_problem(key, cfg.data.tokenizer or cfg.init_from or ""),) if p]
 
 
 def _resume(cfg: RunConfig, world_size: int) -> list[Problem]:
@@ -263,7 +215,7 @@ def _resume(cfg: RunConfig, world_size: int) -> list[Problem]:
     if path in ("auto", "never") or not path or Path(path).is_dir():
         return []
     words = nearest(path, ("auto", "never"))
-    way = f"run.resume={words[0]}" if words else _nearby(Path(path)) or "run.resume=auto, never or a checkpoint folder"
+    way = f"run.resume={words[0]}" if words else nearby(Path(path)) or "run.resume=auto, never or a checkpoint folder"
     return [Problem("run.resume", path, "there is no such checkpoint folder", way)]
 
 
@@ -342,14 +294,3 @@ def ignored(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
 def _given(section: object, name: str) -> bool:
     """Whether a field differs from its dataclass default."""
     return getattr(section, name) != getattr(type(section), name)  # a dataclass default is a class attribute
-
-
-def _nearby(path: Path) -> str | None:
-    """The existing path spelled most like a missing one, or the command that makes it; None when there is neither."""
-    if path.parts[:1] == ("assets",):
-        return "python scripts/prepare_quickstart.py makes the quickstart's model and data"
-    parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
-        path, parent = parent, parent.parent
-    close = nearest(path.name, (p.name for p in parent.iterdir()), limit=1) if parent.is_dir() else []
-    return str(parent / close[0]) if close else None

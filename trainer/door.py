@@ -16,11 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from models import config_from_hf_folder
 from trainer import overrides, typed
-from trainer.config import RunConfig, folder_problem
-from trainer.overrides import strip_launcher_args
+from trainer.config import RunConfig
+from trainer.folders import MAY_DIFFER_FROM_FOLDER, folder_problem
 from trainer.problems import Problem, format_problems
-
-__all__ = ["load", "preflight", "strip_launcher_args"]
 
 EXAMPLES = {
     "data.sources": "'data.sources=[{path: chats.jsonl, channel: chat}]'",
@@ -29,8 +27,6 @@ EXAMPLES = {
 }
 """How to give the keys whose type alone does not show it."""
 PATH_KEYS = ("init_from", "data.tokenizer", "data.chat_template", "data.cache_dir", "run.dir", "run.resume")
-CONTEXT_FIELDS = ("max_seq_len", "rope", "sliding_window")
-"""Fields a user may change on top of a folder's config: they change no tensor."""
 
 
 def preflight(argv: Sequence[str]) -> None:
@@ -40,6 +36,11 @@ def preflight(argv: Sequence[str]) -> None:
         ValueError: one message with every malformed word and every unknown group, option or key.
     """
     overrides.preflight(argv, typed.keys(RunConfig))
+
+
+def strip_launcher_args(argv: Sequence[str]) -> list[str]:
+    """The command line as Hydra shall read it: no launcher words, and declared keys settable wherever they are."""
+    return overrides.words_for_hydra(argv, typed.keys(RunConfig))
 
 
 def load(cfg: DictConfig) -> RunConfig:
@@ -94,10 +95,12 @@ def _model_of_folder(init_from: object, given: Mapping[object, object], problems
     for name, value in given.items():
         if name == "family" or value is None or theirs.get(str(name)) == value:
             continue
-        if name in theirs and name not in CONTEXT_FIELDS:
+        if name in theirs and name not in MAY_DIFFER_FROM_FOLDER:
             reason = f"the weights in {init_from} were made with {theirs[str(name)]}"
-            way = f"leave it out; only {', '.join(f'model.{field}' for field in CONTEXT_FIELDS)} may differ"
+            way = f"leave it out; only {', '.join(f'model.{field}' for field in MAY_DIFFER_FROM_FOLDER)} may differ"
             problems.append(Problem(f"model.{name}", value, reason, way))
             continue
+        if isinstance(value, Mapping) and isinstance(theirs.get(str(name)), Mapping):
+            value = {**theirs[str(name)], **value}  # model.rope.factor=2 keeps the folder's theta
         theirs[str(name)] = value  # an unknown name goes on to the typed door, which refuses it with a suggestion
     return theirs

@@ -6,7 +6,6 @@ first. It imports neither torch nor any room.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,90 +19,43 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.problems import Problem, format_problems, nearest
+from trainer.suggest import close_keys
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 PLAIN_FLAGS = ("--resolve", "--run", "-r", "--multirun", "-m")
-ASKING_FLAGS = (
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--info",
-    "-i",
-    "--shell-completion",
-    "-sc",
-    "--experimental-rerun",
-)
+ASKING_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
 LAYOUT_WORDS = ("tp", "pp", "vpp", "cp", "ep", "dp", "tensor_parallel", "pipeline_parallel", "context_parallel")
-CLOSE = 0.65
-"""Likeness, as difflib counts it, from which a suggestion helps more than it puzzles."""
-ALIASES = {
-    "learning_rate": "optim.lr",
-    "max_grad_norm": "optim.clip",
-    "clip_grad": "optim.clip",
-    "lr_scheduler_type": "optim.schedule",
-    "warmup": "optim.warmup_steps",
-    "adam_beta1": "optim.betas",
-    "wd": "optim.weight_decay",
-    "batch_size": "data.global_batch_rows",
-    "global_batch_size": "data.global_batch_rows",
-    "train_batch_size": "data.global_batch_rows",
-    "gradient_accumulation_steps": "data.global_batch_rows",
-    "micro_batch_size": "data.micro_batch_rows",
-    "per_device_train_batch_size": "data.micro_batch_rows",
-    "max_seq_length": "data.seq_len",
-    "max_length": "data.seq_len",
-    "seq_length": "data.seq_len",
-    "path": "data.sources",
-    "dataset": "data.sources",
-    "max_steps": "run.steps",
-    "train_iters": "run.steps",
-    "num_train_epochs": "run.epochs",
-    "output_dir": "run.dir",
-    "save_steps": "run.save_every",
-    "save_total_limit": "run.keep_last",
-    "eval_steps": "run.eval_every",
-    "resume_from_checkpoint": "run.resume",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
-    "dtype": "engine.precision",
-    "zero_stage": "engine.zero",
-    "gradient_checkpointing": "engine.recompute",
-    "activation_checkpointing": "engine.recompute",
-    "attn_implementation": "engine.attention",
-    "logging_steps": "log.every",
-    "report_to": "log.wandb",
-    "model_name_or_path": "init_from",
-    "pretrained": "init_from",
-    "checkpoint": "init_from",
-}
-"""What other trainers call our keys; read only to answer a key that does not exist."""
 
 
-def strip_launcher_args(argv: Sequence[str]) -> list[str]:
-    """``argv`` without the ``--local_rank`` that the deepspeed launcher adds; ranks come from the environment."""
+def words_for_hydra(argv: Sequence[str], declared: Sequence[str] = ()) -> list[str]:
+    """``argv`` as Hydra shall read it.
+
+    Without the ``--local_rank`` that the deepspeed launcher adds (ranks come from the environment); and with ``++``
+    before each ``declared`` key, so that key=value also works where the chosen file leaves the key at its default.
+    """
     kept: list[str] = []
     words = iter(argv)
     for word in words:
         if word in ("--local_rank", "--local-rank"):
             next(words, None)
         elif not word.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(word)
+            key, equals, _ = word.partition("=")
+            kept.append(f"++{word}" if equals and _generic(key) in declared else word)
     return kept
 
 
 def preflight(argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CONF) -> None:
     """Check the command line (without the program's name) against the config it will be composed into.
 
-    ``declared`` are the keys the dataclasses have (``typed.keys``), so that one which the chosen YAML leaves at its
-    default is told from one that does not exist. Returns at once for flags that only ask (``--help``, ``--info`` ...).
-    Values are not judged here: that is the typed door's work, once Hydra has composed them.
+    ``declared`` are the keys the dataclasses have (``typed.keys``): legal also where the chosen file leaves them out.
+    Returns at once for flags that only ask (``--help``, ``--info`` ...). Values are not judged here: that is the
+    typed door's work, once Hydra has composed them.
 
     Raises:
         ValueError: naming every word that is malformed, or names no group, option or key, each with the nearest one.
     """
-    argv = strip_launcher_args(argv)
+    argv = words_for_hydra(argv)
     if any(word.split("=")[0] in ASKING_FLAGS for word in argv):
         return
     words, folders, problems = _split(argv, conf)
@@ -115,7 +67,7 @@ def preflight(argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CO
     wrong_choices = [problem for o in choosing if (problem := _judge_option(o, groups))]
     choices = [f"{o.key_or_group}={_option_names(o)[0]}" for o in choosing] if not wrong_choices else []
     legal = _compose(choices, folders)
-    known = _keys(legal)
+    known = list(dict.fromkeys([*_keys(legal), *declared]))
     problems += [_judge_malformed(text, reason, known) for text, reason in malformed] + wrong_choices
     problems += [
         problem for o in parsed if o not in choosing and (problem := _judge_key(o, legal, known, declared, groups))
@@ -224,7 +176,7 @@ def _judge_malformed(text: str, reason: str, known: list[str]) -> Problem:
         if value.startswith("~"):
             return Problem(key, value, "Hydra has another meaning for ~", f"{key}=$HOME{value[1:]}")
         return Problem(key, value, reason, f"quote the value for the shell and for Hydra: '{key}=\"{value}\"'")
-    target = key if key in known else next(iter(_close_keys(key, known)), "SECTION.KEY")
+    target = key if key in known else next(iter(close_keys(key, known)), "SECTION.KEY")
     return Problem(text, "no key=value", f"{reason}, so it is not a setting", f"{target}={value.strip() or 'VALUE'}")
 
 
@@ -283,11 +235,9 @@ def _judge_key(
         return Problem(f"+{key}", value, "the key exists already, so there is nothing to add", f"{key}={value}")
     if exists or override.is_add():
         return None  # an added key is judged by the typed door
-    if re.sub(r"\.\d+\.", "[].", key) in declared:
-        return Problem(
-            key, value, "is a setting that the chosen files leave at its default", f"add it: '+{key}={value}'"
-        )
-    close = _close_keys(key, known)
+    if _generic(key) in declared and _parent_exists(cfg, key):
+        return None
+    close = close_keys(key, known)
     near_groups = nearest(key, groups, limit=1) if "." not in key else []
     section = key.split(".")[0]
     if close:
@@ -299,6 +249,17 @@ def _judge_key(
     else:
         way = "python train.py --cfg job shows every key"
     return Problem(key, value, "there is no such setting", way)
+
+
+def _generic(key: str) -> str:
+    """A key in the spelling of ``typed.keys``: ``data.sources.0.weight`` is ``data.sources[].weight``."""
+    return re.sub(r"\.\d+(?=\.)", "[]", key)
+
+
+def _parent_exists(cfg: DictConfig, key: str) -> bool:
+    """Whether the list item that a key is in is there; sections always are."""
+    item = re.match(r"(.+\.\d+)\.", key)
+    return item is None or _exists(cfg, item[1])
 
 
 def _exists(cfg: DictConfig, key: str) -> bool:
@@ -314,23 +275,6 @@ def _exists(cfg: DictConfig, key: str) -> bool:
         else:
             return False
     return True
-
-
-def _close_keys(key: str, known: list[str]) -> list[str]:
-    """Keys that were probably meant: the same last word, a near spelling of it, or the name another trainer uses."""
-    section, _, last = key.rpartition(".")
-    leaves = [k for k in known if not any(other.startswith(f"{k}.") for other in known)]
-    same = [k for k in leaves if k.split(".")[-1] == last]
-    if same:
-        return nearest(key, same) or same[:3]
-
-    def likeness(word: str) -> float:
-        return difflib.SequenceMatcher(None, last.lower(), word).ratio()
-
-    scored = [(likeness(k.split(".")[-1]) + 0.1 * k.startswith(f"{section}."), k) for k in leaves]
-    scored += [(likeness(word) + 0.1 * k.startswith(f"{section}."), k) for word, k in ALIASES.items()]
-    score, best = max(scored)
-    return [best] if score >= CLOSE else []
 
 
 def _given_twice(parsed: list[Override]) -> list[Problem]:

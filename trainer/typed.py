@@ -40,7 +40,7 @@ def keys(cls: type, prefix: str = "") -> list[str]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         path = f"{prefix}{field.name}"
-        inner, many = _inner_section(hints[field.name])
+        inner, many = inner_section(hints[field.name])
         if inner is None:
             found.append(path)
         else:
@@ -48,13 +48,13 @@ def keys(cls: type, prefix: str = "") -> list[str]:
     return found
 
 
-def _inner_section(hint: Any) -> tuple[type | None, bool]:
+def inner_section(hint: Any) -> tuple[type | None, bool]:
     """The dataclass behind a field type and whether the field holds several of it."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint, False
     is_tuple = get_origin(hint) is tuple
     for arg in get_args(hint):
-        inner, many = _inner_section(arg)
+        inner, many = inner_section(arg)
         if inner is not None:
             return inner, many or is_tuple
     return None, False

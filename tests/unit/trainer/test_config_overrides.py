@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from trainer.overrides import preflight, strip_launcher_args
+from trainer.overrides import preflight, words_for_hydra
 
 FILES = {
     "config.yaml": "defaults:\n  - _self_\n  - model: small\n  - data: plain\n  - optim: adamw\n  - run: default\n"
@@ -40,6 +41,9 @@ def conf(tmp_path: Path) -> Path:
         ["data=two", "data.sources.1.path=c"],
         ["model.rope.theta=5.0"],
         ["+model.window=4"],
+        ["++model.window=4"],
+        ["model.window=4"],
+        ["data=two", "data.sources.0.weight=2"],
         ["++optim.lr=1"],
         ["~optim.clip"],
         ["--multirun", "optim.lr=1,2", "model=small,llama7b"],
@@ -80,8 +84,6 @@ def test_lets_pass(argv: list[str], conf: Path) -> None:
         (["optim.lr=1", "optim.lr=2"], ["more than once", "keep one: optim.lr=2"]),
         (["model=small", "model=llama7b"], ["more than once"]),
         (["+optim.lr=1"], ["exists already", "try: optim.lr=1"]),
-        (["model.window=4"], ["leave at its default", "'+model.window=4'"]),
-        (["data=two", "data.sources.0.weight=2"], ["'+data.sources.0.weight=2'"]),
         (["data=two", "data.sources.7.path=2"], ["data.sources.7.path"]),
         (["parallel.tp=2"], ["parallel.tp", "data parallel only", "engine.zero=3"]),
         (["optim.lr=1,2"], ["several values mean several runs", "--multirun"]),
@@ -128,4 +130,15 @@ def test_is_quick(conf: Path) -> None:
     "words", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"], ["--local-rank", "3"]]
 )
 def test_the_launchers_rank_is_dropped(words: list[str]) -> None:
-    assert strip_launcher_args(["a=1", *words, "b=2"]) == ["a=1", "b=2"]
+    assert words_for_hydra(["a=1", *words, "b=2"]) == ["a=1", "b=2"]
+
+
+def test_declared_keys_can_be_set_where_the_file_leaves_them_out(conf: Path) -> None:
+    words = words_for_hydra(
+        ["data=two", "model.window=4", "data.sources.1.weight=2", "+optim.x=1", "~optim.clip"], DECLARED
+    )
+    assert words == ["data=two", "++model.window=4", "++data.sources.1.weight=2", "+optim.x=1", "~optim.clip"]
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = compose("config", overrides=words)
+    assert cfg.model.window == 4
+    assert cfg.data.sources[1] == {"path": "b", "weight": 2}

@@ -1,0 +1,76 @@
+"""A small world for configs to live in: data, a tokenizer and a model folder, where named runs look for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "initializer_range": 0.041666666666666664,
+}
+"""config.json of SmolLM2-135M-Instruct, as far as it says sizes."""
+CHANNELS = ("code", "maths", "dialogue", "reference")
+
+
+def make_world(folder: Path) -> Path:
+    """Fill a folder with stand-ins for all that the named runs and the refusals refer to."""
+    model = folder / "assets" / "smollm2-135m-instruct"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(SMOLLM2))
+    (model / "model.safetensors").write_bytes(b"")
+    (model / "tokenizer.json").write_text("{}")
+    row = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    (folder / "assets" / "data").mkdir()
+    for name in CHANNELS:
+        (folder / "assets" / "data" / f"{name}.jsonl").write_text(row + "\n")
+    (folder / "chats.jsonl").write_text(row + "\n")
+    (folder / "no_weights").mkdir()
+    (folder / "no_weights" / "config.json").write_text(json.dumps(SMOLLM2))
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(world_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The small world as the current folder."""
+    monkeypatch.chdir(world_folder)
+    return world_folder
+
+
+@pytest.fixture
+def composed() -> Callable[..., DictConfig]:
+    """Compose the project's own conf/ with overrides."""
+
+    def compose_with(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+
+    return compose_with

@@ -1,0 +1,174 @@
+"""What the user may get wrong, as rows of data: overrides, and what the message must say.
+
+Each row goes the whole way of a real start: command line, composition, typed door, checks across sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from trainer.config import Machine, check, format_problems, ignored
+from trainer.door import load, preflight, strip_launcher_args
+
+START = ("data.sources=[{path: chats.jsonl}]", "data.tokenizer=assets/smollm2-135m-instruct", "run.steps=100")
+SMOL = "init_from=assets/smollm2-135m-instruct"
+CPU = Machine(gpu=False, flash_attn=False)
+Compose = Callable[..., DictConfig]
+
+REFUSALS = [
+    # the command line
+    ("optim.leraning_rate=3e-4", ["optim.leraning_rate", "did you mean optim.lr?"]),
+    ("model=lama7b", ["conf/model has no such option", "model=llama7b"]),
+    ("parallel.tp=2", ["data parallel only"]),
+    ("optim.lr=1 optim.lr=2", ["more than once"]),
+    ("optim.lr", ["optim.lr=VALUE"]),
+    # types
+    ("optim.lr=fast", ["optim.lr = fast", "expected a number"]),
+    ("engine.zero=4", ["engine.zero = 4", "0, 1, 2, 3", "engine.zero=3"]),
+    ("engine.precision=bf61", ["one of: fp32, bf16, fp16", "engine.precision=bf16"]),
+    ("stage.name=stf", ["stage.name=sft"]),
+    ("+optim.momentum=0.9", ["optim.momentum", "no such setting"]),
+    ("run.steps=abc", ["run.steps = abc", "whole number"]),
+    ("data.sources=chats.jsonl", ["data.sources = chats.jsonl", "[{path: chats.jsonl, channel: chat}]"]),
+    ("data.sources=[{pth: chats.jsonl}]", ["did you mean data.sources[0].path?"]),
+    ("run.steps=abc optim.lr=fast engine.zero=4", ["3 problems", "run.steps", "optim.lr", "engine.zero"]),
+    # batch and length
+    ("data.global_batch_rows=7", ["x processes = 1 x 2 = 2", "data.global_batch_rows=6 or data.global_batch_rows=8"]),
+    (
+        "data.global_batch_rows=10 data.micro_batch_rows=4",
+        ["4 x 2 = 8", "data.global_batch_rows=8 or data.global_batch_rows=16 or data.micro_batch_rows=1"],
+    ),
+    ("data.global_batch_rows=1", ["try: data.global_batch_rows=2"]),
+    ("data.global_batch_rows=0", ["at least 1"]),
+    ("data.seq_len=1000000", ["model.max_seq_len=", "data.seq_len="]),
+    ("run.steps=null", ["how long to train", "run.epochs=1"]),
+    ("run.epochs=1", ["run.epochs=1 is given too"]),
+    ("run.steps=0", ["at least 1"]),
+    ("run.steps=null run.epochs=-1", ["run.epochs = -1.0"]),
+    # schedule
+    ("optim.warmup_steps=100", ["run.steps=100", "optim.warmup_steps=10"]),
+    ("optim.schedule=wsd", ["optim.decay_steps", "optim.decay_steps=10"]),
+    ("optim.schedule=wsd optim.decay_steps=60 optim.warmup_steps=60", ["longer than run.steps=100", "decay_steps=40"]),
+    ("optim.lr=-1", ["optim.lr = -1"]),
+    # model
+    ("model.sliding_window=0", ["model.sliding_window = 0", "see itself"]),
+    ("model.num_heads=3", ["model.num_kv_heads"]),
+    ("stage=pretrain stage.loss_on=assistant", ["stage.loss_on=all"]),
+    # engine
+    ("engine.zero=0 engine.offload_optimizer=true", ["engine.offload_optimizer", "engine.zero=1"]),
+    ("engine.attention=flash_attn", ["a GPU", "flash-attn package", "bf16 or fp16", "engine.attention=sdpa"]),
+    # folders and files
+    ("init_from=asset/smollm2", ["init_from = asset/smollm2", "no such folder", "try: assets"]),
+    ("init_from=chats.jsonl", ["is a file"]),
+    ("init_from=empty", ["holds no config.json"]),
+    ("init_from=no_weights", ["holds no weights"]),
+    (f"{SMOL} model=tiny_llama", ["another model", "model.hidden_size is", "against 576", "model=hf"]),
+    ("model=hf", ["model.family = auto", "init_from=HF_FOLDER"]),
+    ("model=hf init_from=empty", ["holds no config.json"]),
+    (f"{SMOL} model=hf model.num_layers=4", ["model.num_layers = 4", "made with 30"]),
+    (f"{SMOL} model=hf data.seq_len=16384", ["model.max_seq_len=8192", "model.rope.factor=2"]),
+    ("data.tokenizer=null", ["no tokenizer is named", "data.tokenizer=FOLDER"]),
+    ("data.tokenizer=empty", ["holds no tokenizer"]),
+    ("data.tokenizer=emty", ["data.tokenizer = emty"]),
+    ("data.sources=[{path: chat.jsonl}]", ["data.sources[0].path", "chats.jsonl"]),
+    ("data.sources=[{path: '*.parquet'}]", ["data.sources[0].path"]),
+    ("data.chat_template=none.jinja", ["data.chat_template"]),
+    ("run.resume=atuo", ["run.resume=auto"]),
+    ("run.resume=runs/x/checkpoints/step_0000010", ["no such checkpoint folder"]),
+    # the run
+    ("run.name=a/b", ["run.name", "no slash"]),
+    ("run.keep_last=0", ["run.keep_last=1"]),
+    ("run.threads=0", ["run.threads"]),
+    ("run.hang_timeout=0", ["run.hang_timeout"]),
+    ("log.every=0", ["log.every"]),
+    ("log.wandb=ofline", ["log.wandb=offline"]),
+]
+
+
+def message(words: Sequence[str], composed: Compose, world_size: int = 2) -> str:
+    """What a start with these words says; empty when it would run."""
+    given = {word.split("=")[0].lstrip("+") for word in words}
+    argv = strip_launcher_args([word for word in START if word.split("=")[0] not in given] + list(words))
+    try:
+        preflight(argv)
+        cfg = load(composed(*argv))
+    except ValueError as err:
+        return str(err)
+    problems = check(cfg, world_size, CPU)
+    return format_problems(problems) if problems else ""
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), REFUSALS, ids=[row[0] for row in REFUSALS])
+def test_is_refused(overrides: str, fragments: list[str], composed: Compose, world: Path) -> None:
+    words = split(overrides)
+    text = message(words, composed)
+    for fragment in fragments:
+        assert fragment in text, text
+
+
+def split(overrides: str) -> list[str]:
+    """Words of a row; a space inside brackets belongs to the word."""
+    words: list[str] = []
+    depth = 0
+    for piece in overrides.split(" "):
+        if depth:
+            words[-1] += " " + piece
+        else:
+            words.append(piece)
+        depth += piece.count("[") - piece.count("]")
+    return words
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "run.steps=null run.epochs=0.5",
+        "optim.schedule=wsd optim.decay_steps=50 optim.warmup_steps=50",
+        f"{SMOL} model=hf",
+        f"{SMOL} model=smollm2_135m",
+        f"{SMOL} model=hf model.max_seq_len=16384 model.rope.scaling=yarn model.rope.factor=2 data.seq_len=16384",
+        "data.global_batch_rows=12 data.micro_batch_rows=3",
+        "run.resume=empty",
+        "engine.precision=bf16",
+    ],
+)
+def test_runs(overrides: str, composed: Compose, world: Path) -> None:
+    assert message(split(overrides) if overrides else [], composed) == ""
+
+
+def test_problems_of_many_sections_come_together(composed: Compose, world: Path) -> None:
+    words = "data.global_batch_rows=7 run.epochs=1 optim.warmup_steps=500 engine.attention=flash_attn log.every=0"
+    assert "has 5 problems" in message(words.split(), composed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        ("", []),
+        ("optim.decay_steps=5", ["optim.decay_steps=5 is ignored"]),
+        ("optim.schedule=constant optim.min_lr_ratio=0.3", ["optim.min_lr_ratio=0.3 is ignored"]),
+        ("run.keep_last=5", ["run.keep_last=5 is ignored"]),
+        ("run.keep_last=5 run.save_every=10", []),
+        ("run.eval_every=5", ["run.eval_every=5 is ignored"]),
+        ("run.eval_every=5 data.eval_fraction=0.1", []),
+        ("run.eval_every=500 data.eval_fraction=0.1", ["run.eval_every=500 is never reached"]),
+        ("run.save_every=500", ["run.save_every=500 is never reached"]),
+        ("data.random_channels=2", []),
+        ("data.random_channels=2 data.sources=[{path: chats.jsonl, channel: c}]", ["data.random_channels=2 draws"]),
+        ("log.wandb=disabled log.project=mine", ["log.wandb=disabled"]),
+        ("engine.precision=bf16", ["engine.precision=bf16 on a CPU is correct but slow"]),
+    ],
+)
+def test_ignored_settings_are_told(overrides: str, fragments: list[str], composed: Compose, world: Path) -> None:
+    words = split(overrides) if overrides else []
+    given = {word.split("=")[0] for word in words}
+    cfg = load(composed(*[word for word in START if word.split("=")[0] not in given], *words))
+    told = ignored(cfg, CPU)
+    assert len(told) == len(fragments), told
+    for fragment, sentence in zip(fragments, told, strict=True):
+        assert fragment in sentence
