@@ -7,6 +7,7 @@ data-parallel ranks, so a loss that is a sum over tokens is weighted by (ranks /
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -226,6 +227,8 @@ def _import_deepspeed() -> Any:
     which every later start waits for ever.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renames; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

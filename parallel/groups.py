@@ -88,6 +88,7 @@ def build_groups(ranks: LauncherRanks, timeout_s: float) -> Groups:
     if use_cuda:
         torch.cuda.set_device(device)
     else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out itself, with a warning a rank
         keep_freed_memory()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it, also for one process
     if not dist.is_initialized():

@@ -10,14 +10,15 @@ import ctypes
 import sys
 
 # malloc.h: parameters of mallopt(3).
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LARGEST_ON_HEAP = 32 * 2**20  # the most glibc allows; larger blocks would tear holes into the heap as sizes vary
 
 
 def keep_freed_memory() -> bool:
-    """Serve all tensors from the heap and do not give the heap back between steps. True where it took effect (glibc)."""
+    """Serve tensors up to 32 MiB from the heap and do not give the heap back between steps. True where it took effect (glibc)."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_TOP_PAD, 64 * 2**20))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_ON_HEAP) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_TOP_PAD, 64 * 2**20))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 import shutil
 import time
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import data.pipeline
 import models
 from convert.from_hf import HFSource
 from data.batch import MicroBatch
+from data.gate import GateError
 from data.peers import Peers
 from data.pipeline import TrainingData
 from models.config import ModelConfig
@@ -54,7 +58,7 @@ def run(cfg: RunConfig, resolved_yaml: str, ranks: LauncherRanks) -> Path:
     total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * corpus.rows_per_epoch / cfg.data.global_batch_rows)
     progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
     stage = build_stage(cfg.stage, len(corpus.channels))
-    with _open_log(cfg, groups, run_dir, resolved_yaml, total_steps, progress.step) as log:
+    with _open_log(cfg, groups, run_dir, total_steps, progress.step) as log:
         if groups.is_main:
             provenance.write(run_dir, resolved_yaml, stage.contract, groups.world)
             _introduce(cfg, log, groups, run_dir, corpus, stage.contract, saved)
@@ -72,7 +76,7 @@ def run(cfg: RunConfig, resolved_yaml: str, ranks: LauncherRanks) -> Path:
             data=corpus,
             log=log,
             flops=functools.partial(_flops, cfg.model),
-            save=functools.partial(_save, cfg, run_dir, engine, groups, log),
+            save=functools.partial(_save, cfg, run_dir, engine, groups, log, corpus.fingerprint),
             total_steps=total_steps,
         )
         log.note(f"ready after {time.monotonic() - started:.1f} s; training from step {progress.step} to {total_steps}")
@@ -137,7 +141,7 @@ def _saved(cfg: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
     if folder is None:
         return None
     saved = checkpoint.Checkpoint(folder)
-    theirs, ours = saved.state["config"]["model"], _plain(cfg.model)
+    theirs, ours = saved.state["model"], _plain(cfg.model)
     differ = [f"model.{key}: {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
     if differ:
         raise ValueError(
@@ -155,22 +159,43 @@ def _plain(section: Any) -> dict[str, Any]:
 
 
 def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
-    """The corpus behind its gate; the report and the list of bad rows go to the run folder also when it refuses."""
-    return data.pipeline.build(
-        cfg.data,
-        tokenizer_folder=cfg.data.tokenizer or cfg.init_from,
-        loss_on=cfg.stage.loss_on,
-        seed=cfg.run.seed,
-        peers=Peers(groups.rank, groups.world, groups.all_gather),
-        max_seq_len=cfg.model.max_seq_len,
-        vocab_size=cfg.model.vocab_size,
-        report_dir=run_dir,
-    )
+    """The corpus behind its gate; the report and the list of bad rows go to the run folder also when it refuses.
+
+    Raises:
+        ValueError: the gate refuses, or the tokenizer makes ids the model has no embedding for.
+    """
+    report = None
+    try:
+        corpus = data.pipeline.build(
+            cfg.data,
+            tokenizer_folder=cfg.data.tokenizer or cfg.init_from,
+            loss_on=cfg.stage.loss_on,
+            seed=cfg.run.seed,
+            peers=Peers(groups.rank, groups.world, groups.all_gather),
+            max_seq_len=cfg.model.max_seq_len,
+        )
+        report = corpus.report
+    except GateError as refusal:
+        report = refusal.report
+        raise
+    finally:
+        if groups.is_main and report is not None:
+            (run_dir / "data_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+            report.write_bad_rows(str(run_dir / "bad_rows.jsonl"))
+    if corpus.max_token_id >= cfg.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer or cfg.init_from} makes ids "
+            f"up to {corpus.max_token_id} on this data, which the embedding does not hold. Take the tokenizer that "
+            f"belongs to the model, or a model with model.vocab_size={corpus.max_token_id + 1} or more."
+        )
+    return corpus
 
 
-def _open_log(cfg: RunConfig, groups: Groups, run_dir: Path, resolved: str, total_steps: int, step: int) -> Any:
+def _open_log(
+    cfg: RunConfig, groups: Groups, run_dir: Path, total_steps: int, step: int
+) -> AbstractContextManager[Log]:
     if not groups.is_main:
-        return NullLog()
+        return contextlib.nullcontext(NullLog())
     return RunLog(run_dir, cfg.log, run_dir.name, dataclasses.asdict(cfg), total_steps, step)
 
 
@@ -190,23 +215,19 @@ def _introduce(
     )
     if saved:
         log.note(f"resuming from {saved.folder} (step {saved.state['step']}, written by {saved.state['world']} process(es))")
-        theirs = saved.state["config"]["data"] | {"seed": saved.state["config"]["seed"]}
-        ours = _json_like(_plain(cfg.data)) | {"seed": cfg.run.seed}
-        changed = [key for key in ours if ours[key] != theirs.get(key) and key not in ("micro_batch_rows", "cache_dir")]
-        if changed:
-            log.note(f"note: {', '.join(changed)} changed since that checkpoint, so samples may repeat or be passed over")
+        if saved.state["data"] != corpus.fingerprint:
+            log.note("note: the data or their order changed since that checkpoint; samples may repeat or be passed over")
 
 
-def _json_like(value: Any) -> Any:
-    """What a value looks like after a trip through JSON."""
-    if isinstance(value, dict):
-        return {key: _json_like(item) for key, item in value.items()}
-    return [_json_like(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _save(cfg: RunConfig, run_dir: Path, engine: Engine, groups: Groups, log: Log, progress: Progress) -> None:
-    config = {"model": _plain(cfg.model), "data": _plain(cfg.data), "seed": cfg.run.seed}
-    state = {"position": progress.position, "world": groups.world, "config": config}
-    state["tokenizer"] = cfg.data.tokenizer or cfg.init_from
+def _save(
+    cfg: RunConfig, run_dir: Path, engine: Engine, groups: Groups, log: Log, fingerprint: str, progress: Progress
+) -> None:
+    state = {
+        "position": progress.position,
+        "world": groups.world,
+        "model": _plain(cfg.model),
+        "data": fingerprint,
+        "tokenizer": cfg.data.tokenizer or cfg.init_from,
+    }
     folder = checkpoint.save(run_dir / "checkpoints", progress.step, engine, state, groups, cfg.run.keep_last)
     log.note(f"saved {folder}")
