@@ -1,0 +1,38 @@
+"""Floating-point operations a training step needs, for FLOP/s and MFU.
+
+Counted are matrix products only: 2 per multiply-add, and twice the forward for the backward. Work that is done again
+(recompute) and work that is saved (unsupervised tokens skip the head) count as what the step needs, not what it ran.
+Sources: Chowdhery et al. 2022 (PaLM), appendix B; attention by document length and causal, as the kernels compute it.
+"""
+
+from collections.abc import Sequence
+
+from models.config import ModelConfig
+
+
+def matmul_params(cfg: ModelConfig) -> int:
+    """Weights every token is multiplied with: all linear layers, without embedding, norms, biases and head."""
+    q, k, v = cfg.qkv_parts
+    attention = cfg.hidden_size * (q + k + v) + q * cfg.hidden_size
+    return cfg.num_layers * (attention + 3 * cfg.hidden_size * cfg.intermediate_size)
+
+
+def attended_pairs(length: int, window: int | None) -> int:
+    """Query-key pairs of one causal document: query i (from 0) sees min(i + 1, window) keys."""
+    reach = length if window is None else min(window, length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def step_flops(cfg: ModelConfig, doc_lengths: Sequence[int], supervised_tokens: int) -> float:
+    """Forward and backward over documents of `doc_lengths` tokens, of which `supervised_tokens` reach the head.
+
+    = 6 N T  +  6 V D S  +  12 H K sum of query-key pairs over layers and documents
+    (a pair costs 2 K for the score and 2 K for the value per query head, times 3 with the backward).
+    """
+    linear = 6.0 * matmul_params(cfg) * sum(doc_lengths)
+    outputs = cfg.vocab_size if cfg.head == "lm" else 1
+    head = 6.0 * outputs * cfg.hidden_size * supervised_tokens
+    windows = [cfg.window(layer) for layer in range(cfg.num_layers)]
+    counts = {window: windows.count(window) for window in set(windows)}
+    pairs = sum(n * attended_pairs(length, window) for window, n in counts.items() for length in doc_lengths)
+    return linear + head + 12.0 * cfg.num_heads * cfg.head_dim * pairs
