@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def test_half_line_of_a_killed_run_costs_only_itself(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"metrics\.jsonl:2: not a metrics line"):
         found = history.read(tmp_path)
     assert found.series("train/loss")[0] == [1, 2, 3]
+    # The new life begins on a line of its own.
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()[2:]] == ["resume", "train", "train"]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +181,15 @@ def test_tensorboard_is_read_back_with_the_resume_point(tmp_path: Path) -> None:
     assert found[-1][1] == pytest.approx(102.5, rel=1e-6)  # stored as fp32
 
 
+def wandb_record(folder: Path, last_word: bytes) -> bytes:
+    """The one offline record below ``folder``; wandb's service writes it out a moment after finish() has returned."""
+    [path] = folder.glob("run-*.wandb")
+    deadline = time.monotonic() + 10
+    while last_word not in (found := path.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
 def wandb_folders(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*"))
 
@@ -188,7 +200,8 @@ def test_wandb_offline_writes_one_run_that_a_resume_goes_on_with(tmp_path: Path)
     run(tmp_path, cfg, range(1, 4))
     run_id = (tmp_path / "wandb" / "run_id").read_text().strip()
     [first] = wandb_folders(tmp_path)
-    recorded = (first / f"run-{run_id}.wandb").read_bytes()
+    recorded = wandb_record(first, last_word=b"train/loss")
+    assert (first / f"run-{run_id}.wandb").is_file()
     for word in (b"my-project", b"my run", b"train/loss", b"channel/code/loss", b"seed"):
         assert word in recorded, word
     run(tmp_path, cfg, range(4, 5), resume_step=3)
@@ -225,7 +238,7 @@ def test_online_without_server_goes_on_offline(tmp_path: Path, monkeypatch: pyte
     out = run(tmp_path, LogConfig(wandb="online", tensorboard=False), range(1, 3))
     assert "wandb: not online (Run initialization has timed out" in out
     [folder] = wandb_folders(tmp_path)
-    assert b"train/loss" in next(folder.glob("run-*.wandb")).read_bytes()
+    assert b"train/loss" in wandb_record(folder, last_word=b"train/loss")
 
 
 class BrokenBoard:
