@@ -1,0 +1,79 @@
+"""Runs Loom's own training command as a contender: ``train.py``'s path, with a count after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from parallel.engine import Engine, StepResult
+from parallel.groups import LauncherRanks
+from scripts.bench import workload
+from scripts.bench.turns import Schedule, Turns
+from trainer.door import load
+from trainer.logging.log import NullLog, RunLog
+from trainer.overrides import CONF
+
+
+def overrides(data: Path, run_dir: str, schedule: Schedule) -> list[str]:
+    """What every Loom contender sets: the benchmark's model, optimizer and a run folder that is thrown away.
+
+    The optimizer's numbers are the peers'; logging stays on as a user has it, wandb alone is off, as it is for them.
+    """
+    return [
+        "model=bench_256",
+        f"data.tokenizer={data / 'tokenizer'}",
+        f"data.cache_dir={data / 'cache'}",
+        f"optim.lr={workload.LEARNING_RATE}",
+        f"optim.betas=[{workload.BETAS[0]},{workload.BETAS[1]}]",
+        f"optim.weight_decay={workload.WEIGHT_DECAY}",
+        f"optim.clip={workload.CLIP}",
+        "optim.schedule=constant",
+        "log.wandb=disabled",
+        f"run.dir={run_dir}",
+        "run.name=bench",
+        "run.threads=1",
+        f"run.steps={schedule.total}",
+    ]
+
+
+def train(command: Sequence[str], turns: Turns) -> None:
+    """Compose ``command`` and run it, reporting to ``turns`` after each step has been logged.
+
+    Args:
+        command: Hydra overrides, as on ``train.py``'s command line.
+        turns: the harness's side.
+    """
+    from trainer.run import run
+
+    ranks = LauncherRanks.read()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=list(command))
+    _count_steps(turns)
+    run(load(cfg), OmegaConf.to_yaml(cfg, resolve=True), ranks)
+
+
+def _count_steps(turns: Turns) -> None:
+    """Hang the counter on two public seams: the engine knows this rank's tokens, the log's line ends the step."""
+    tokens = 0
+    train_step = Engine.train_step
+
+    def counted(self: Engine, micro_batches: Sequence[Any], *args: Any, **kwargs: Any) -> StepResult:
+        nonlocal tokens
+        tokens = sum(batch.tokens_T.numel() for batch in micro_batches)
+        return train_step(self, micro_batches, *args, **kwargs)
+
+    Engine.train_step = counted
+    for log in (RunLog, NullLog):
+        log.step = _then_tell(log.step, lambda metrics: turns.step(tokens, metrics["train/loss"]))
+
+
+def _then_tell(step: Callable[..., None], tell: Callable[[Mapping[str, float]], None]) -> Callable[..., None]:
+    def logged(self: Any, number: int, metrics: Mapping[str, float]) -> None:
+        step(self, number, metrics)
+        tell(metrics)
+
+    return logged

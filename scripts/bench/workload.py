@@ -1,0 +1,101 @@
+"""The benchmark's model and data, the same for every contender.
+
+Rows are drawn from a Zipf law, so that losses fall and can be compared, and are written twice: as text that a tokenizer
+of whole words turns back into exactly these ids (for Loom, which reads files), and as ids (for the peers).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCABULARY = 256, 8, 8, 4, 704, 4096
+SEQ_LEN, MICRO_BATCH = 512, 2
+SFT_MEDIAN, SFT_LONGEST, SFT_SIGMA = 120, 2048, 1.0
+LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
+EOS, PAD, FIRST_WORD = 0, 1, 2
+"""Ids: end of text, padding, and the first that is a word."""
+
+
+def pretrain_rows(rows: int, seed: int = 0) -> np.ndarray:
+    """Documents that each fill one row, the end-of-text token included. int64 [rows, SEQ_LEN]."""
+    words = _words(np.random.default_rng(seed), rows * (SEQ_LEN - 1)).reshape(rows, SEQ_LEN - 1)
+    return np.concatenate([words, np.full((rows, 1), EOS)], axis=1)
+
+
+def sft_samples(samples: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) ids with log-normal lengths; a third of each is the prompt, and EOS ends the completion."""
+    rng = np.random.default_rng(seed)
+    lengths = np.exp(rng.normal(np.log(SFT_MEDIAN), SFT_SIGMA, samples)).astype(int).clip(6, SFT_LONGEST)
+    pairs = []
+    for length in lengths:
+        ids = _words(rng, length - 1).tolist()
+        cut = length // 3
+        pairs.append((ids[:cut], [*ids[cut:], EOS]))
+    return pairs
+
+
+def write(folder: Path, rows: int, samples: int) -> None:
+    """Write tokenizer, ids and text of both workloads into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder / "tokenizer")
+    ids = pretrain_rows(rows)
+    np.save(folder / "pretrain.npy", ids)
+    _write_lines(folder / "pretrain.jsonl", ({"text": _text(row[:-1])} for row in ids.tolist()))
+    pairs = sft_samples(samples)
+    _write_lines(folder / "sft_ids.jsonl", ({"prompt": p, "completion": c} for p, c in pairs))
+    _write_lines(folder / "sft.jsonl", ({"prompt": _text(p), "completion": " " + _text(c[:-1])} for p, c in pairs))
+
+
+def read_sft_ids(folder: Path) -> list[dict[str, list[int]]]:
+    """What ``write`` left in sft_ids.jsonl."""
+    return [json.loads(line) for line in (folder / "sft_ids.jsonl").read_text().splitlines()]
+
+
+def llama_config(**changes: Any) -> Any:
+    """The model as a transformers LlamaConfig."""
+    from transformers import LlamaConfig
+
+    sizes = {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "intermediate_size": FFN,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": SFT_LONGEST,
+        "tie_word_embeddings": False,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    return LlamaConfig(**sizes | changes)
+
+
+def _words(rng: np.random.Generator, count: int) -> np.ndarray:
+    num_words = VOCABULARY - FIRST_WORD
+    weight = 1.0 / np.arange(1, num_words + 1)
+    return rng.choice(num_words, size=count, p=weight / weight.sum()).astype(np.int64) + FIRST_WORD
+
+
+def _text(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def _write_lines(path: Path, rows: Any) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eos>": EOS, "<pad>": PAD} | {f"w{i}": i for i in range(FIRST_WORD, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
