@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cache_files import VERSION, ShardInfo, ShardWriter, TokenCache, is_complete, write_manifest
-from data.chat import ChatTemplate, template_renderer
+from data.chat import ChatTemplate, special_tokens, template_renderer
 from data.config import SourceConfig
 from data.encode import Encoder, Prepared
 from data.formats import FORMATS, Row, RowError, detect_format
@@ -68,7 +68,7 @@ class Maker:
 
         def chat() -> ChatTemplate:
             render = template_renderer(tokenizer, self._template(), self.template_path or self.folder)
-            return ChatTemplate(render, tokenizer.all_special_tokens, tokenizer.eos_token, tokenizer.bos_token)
+            return ChatTemplate(render, special_tokens(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
 
         return Encoder(tokenizer, info, chat, self.loss_on)
 

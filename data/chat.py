@@ -57,13 +57,17 @@ class ChatTemplate:
         if probed is not None:
             self.stop_tokens.add(probed)
 
+    def text(self, chat: Chat) -> str:
+        """The whole conversation as the template writes it; RowError if it refuses."""
+        return self._render(chat.messages, chat.tools, False)
+
     def render(self, chat: Chat) -> Rendered:
         """Text and learnable ranges of a conversation.
 
         Raises:
             RowError: the template refuses the conversation, or does something to it that hides where an answer lies.
         """
-        text = self._render(chat.messages, chat.tools, False)
+        text = self.text(chat)
         answers = [i for i, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
         if not any(i >= chat.first_target for i in answers):
             return Rendered(text, (), 0, 0)
@@ -154,6 +158,12 @@ class ChatTemplate:
         at = text.find(mark)
         found = self._special.match(text, at + len(mark)) if self._special and at >= 0 else None
         return found.group(1) if found and found.group(1) not in self._not_stops else None
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Texts of all special tokens; `all_special_tokens` alone lacks those without a role, such as <|eot_id|>."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
 
 
 def template_renderer(tokenizer: Any, template: str | None, where: str) -> Render:

@@ -90,9 +90,20 @@ class Encoder:
         assert isinstance(sample, Chat)
         if self._chat is None:
             self._chat = self._get_chat()
+        if self._all:
+            return self._whole_chat(sample, self._chat)
         rendered = self._chat.render(sample)
-        spans = ((0, len(rendered.text)),) if self._all else rendered.spans
-        return Prepared(rendered.text, spans, False, rendered.turns, rendered.stops, TRUNCATE)
+        return Prepared(rendered.text, rendered.spans, False, rendered.turns, rendered.stops, TRUNCATE)
+
+    def _whole_chat(self, sample: Chat, chat: ChatTemplate) -> Prepared:
+        """All of a conversation; where its answers end matters only for the report on stop tokens."""
+        text = chat.text(sample)
+        try:
+            rendered = chat.render(sample)
+            turns, stops = rendered.turns, rendered.stops
+        except RowError:
+            turns, stops = 1, 0
+        return Prepared(text, ((0, len(text)),), False, turns, stops, TRUNCATE)
 
     def encode(self, batch: list[Prepared]) -> list[Encoded]:
         """Tokens and masks of a batch, in order; runs on all threads the tokenizer has."""

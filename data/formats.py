@@ -106,7 +106,7 @@ def parse_sharegpt(row: Row) -> Chat:
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise RowError(f"turn {index} needs the fields from and value")
         speaker = turn["from"]
-        if speaker not in SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise RowError(f"turn {index} is from {speaker!r}; known: {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn["value"]})
     return Chat(check_messages(messages), tools=_tools(row))
@@ -269,4 +269,5 @@ def _string(row: Row, name: str) -> str:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names |= {int: "an integer", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")

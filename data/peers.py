@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Result = TypeVar("Result")
 
@@ -49,4 +49,4 @@ class Peers:
 
     def from_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on rank 0 only and give its result (or its error) to every rank."""
-        return self.run(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return cast(Result, self.run(lambda: work() if self.rank == 0 else None)[0])

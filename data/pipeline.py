@@ -13,7 +13,7 @@ from data.cache import Maker, open_cache
 from data.cache_files import TokenCache
 from data.config import DataConfig
 from data.gate import GateReport, check, make_report
-from data.order import Pieces, RowOrder
+from data.order import VERSION, Pieces, RowOrder
 from data.packing import best_fit, group_by_row
 from data.peers import Peers
 from data.samples import channel_names, held_out, keep, sample_channels
@@ -145,12 +145,6 @@ class TrainingData:
 
 def _fingerprint(cfg: DataConfig, caches: list[TokenCache], seed: int) -> str:
     weights = [source.weight for source in cfg.sources]
-    parts = [
-        [cache.key for cache in caches[: len(weights)]],
-        weights,
-        seed,
-        cfg.seq_len,
-        cfg.packing,
-        cfg.eval_fraction,
-    ]
+    keys = [cache.key for cache in caches[: len(weights)]]
+    parts = [VERSION, keys, weights, seed, cfg.seq_len, cfg.packing, cfg.eval_fraction]
     return hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=16).hexdigest()

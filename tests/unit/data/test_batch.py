@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.batch import Document, Row, collate, empty_micro_batch, split_ragged, split_rows
+
+
+def document(tokens: list[int], learn: list[int], channel: int = 0) -> Document:
+    return Document(np.array(tokens), np.array(learn, dtype=bool), channel)
+
+
+def test_hand_example() -> None:
+    batch = collate([document([7], [1], 2), document([1, 2, 3], [1, 0, 1], 1), document([4, 5, 6, 8], [0, 1, 1, 1], 0)])
+    assert batch.tokens_T.tolist() == [4, 5, 6, 8, 1, 2, 3, 7]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert batch.targets_T.tolist() == [5, 6, 8, -100, -100, 3, -100, -100]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7, 8]
+    assert batch.doc_channel_N.tolist() == [0, 1, 2]
+    assert (batch.max_seqlen, batch.num_targets) == (4, 4)
+    kinds = [batch.tokens_T, batch.positions_T, batch.targets_T, batch.cu_seqlens, batch.doc_channel_N]
+    assert [str(tensor.dtype) for tensor in kinds] == ["torch.int64"] * 3 + ["torch.int32", "torch.int64"]
+
+
+def test_empty_micro_batch_has_a_token_and_no_target() -> None:
+    batch = empty_micro_batch()
+    assert (len(batch.tokens_T), batch.num_targets, batch.cu_seqlens.tolist()) == (1, 0, [0, 1])
+
+
+rows_strategy = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=5), min_size=12, max_size=12)
+
+
+def as_rows(lengths: list[list[int]]) -> list[Row]:
+    return [Row((number,) * len(row), tuple(row)) for number, row in enumerate(lengths)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_strategy, st.sampled_from([(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2), (12, 1)]))
+def test_any_layout_holds_every_row_once(lengths: list[list[int]], layout: tuple[int, int]) -> None:
+    world, micro = layout
+    rows = as_rows(lengths)
+    parts = [split_rows(rows, rank, world, micro) for rank in range(world)]
+    assert {len(part) for part in parts} == {12 // (world * micro)}
+    assert all(len(group) == micro for part in parts for group in part)
+    assert sorted(row.pieces[0] for part in parts for group in part for row in group) == list(range(12))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_strategy, st.integers(0, 12), st.sampled_from([(1, 5), (2, 3), (5, 2), (7, 1), (16, 1)]))
+def test_ragged_split_gives_all_ranks_equally_many(lengths, count: int, layout: tuple[int, int]) -> None:
+    world, micro = layout
+    rows = as_rows(lengths)[:count]
+    parts = [split_ragged(rows, rank, world, micro) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    assert all(len(group) <= micro for part in parts for group in part)
+    assert sorted(row.pieces[0] for part in parts for group in part for row in group) == list(range(count))
+
+
+def test_micro_batches_are_balanced_by_cost() -> None:
+    """One row in four is long: dealt in order, one rank would get all of them."""
+    rows = [Row((n,), (2000 if n % 4 == 0 else 100 + n,)) for n in range(32)]
+    costs = [sum(row.cost for group in split_rows(rows, rank, 4, 4) for row in group) for rank in range(4)]
+    assert max(costs) / min(costs) < 1.02
+
+
+def test_rows_that_do_not_divide_name_the_key() -> None:
+    with pytest.raises(ValueError, match=r"data\.global_batch_rows=10 .* 2 x 4 = 8; set data\.global_batch_rows=16"):
+        split_rows([Row((0,), (1,))] * 10, 0, 2, 4)
