@@ -164,22 +164,31 @@ class Engine:
 
     def _create_states(self) -> None:
         """Make AdamW's states now, so that fragments can be read and written before the first step."""
-        for group in self.optimizer.param_groups:
-            for flat in group["params"]:
-                state = self.optimizer.state[flat]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                    state.update({key: torch.zeros_like(flat) for key in STATE_KEYS})
+        if self.cfg.zero == 3:  # its groups stay empty until a step puts one of these in
+            flats = self.ds.optimizer.fp32_partitioned_groups_flat
+        else:
+            flats = [flat for group in self.optimizer.param_groups for flat in group["params"]]
+        for flat in flats:
+            state = self.optimizer.state[flat]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+                state.update({key: torch.zeros_like(flat, requires_grad=False) for key in STATE_KEYS})
 
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of weights and optimizer states; over all ranks every element comes exactly once."""
-        makers = {0: self._whole_fragments, 1: self._zero12_fragments, 2: self._zero12_fragments, 3: self._zero3_fragments}
-        return makers[self.cfg.zero]()
+    def fragments(self, once: bool = True) -> Iterator[Fragment]:
+        """The weights and optimizer states this rank holds.
 
-    def _whole_fragments(self) -> Iterator[Fragment]:
-        # Replicated state: parameters are dealt out so that each is saved once.
+        Args:
+            once: over all ranks every element comes exactly once (to save); otherwise also what other ranks hold too
+                (to restore).
+        """
+        if self.cfg.zero == 0:
+            return self._whole_fragments(once)
+        return self._zero3_fragments() if self.cfg.zero == 3 else self._zero12_fragments()
+
+    def _whole_fragments(self, once: bool) -> Iterator[Fragment]:
+        # Replicated state: to save, the parameters are dealt out over the ranks.
         for i, (name, param) in enumerate(self.model.named_parameters()):
-            if i % self.groups.dp.size == self.groups.dp.rank:
+            if not once or i % self.groups.dp.size == self.groups.dp.rank:
                 state = self.optimizer.state[param]
                 yield Fragment(name, 0, param.detach().view(-1), {k: state[k].view(-1) for k in STATE_KEYS})
 

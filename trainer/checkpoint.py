@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from parallel.engine import Engine, Fragment
+from parallel.engine import Engine
 from parallel.groups import Groups
 
 FORMAT = 1
@@ -192,13 +192,9 @@ class Checkpoint:
 
     def restore(self, engine: Engine, groups: Groups) -> None:
         """Fill this rank's optimizer states; the weights came through ``tensor`` when the engine was built."""
-
-        def fill(piece: Fragment) -> None:
+        for piece in engine.fragments(once=False):
             for kind, view in piece.states.items():
                 view.copy_(self.read_range(kind, piece.name, piece.start, view.numel()))
-
-        for piece in engine.fragments():
-            fill(piece)
         engine.optimizer_steps = self.state["optimizer_steps"]
         engine.loss_scale.restore(self.state["loss_scale"])
         if self.state["world"] == groups.world:

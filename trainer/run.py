@@ -28,6 +28,7 @@ from models.config import ModelConfig
 from models.decoder import Layer
 from models.flops import step_flops
 from models.init import InitSource
+from parallel.config import EngineConfig
 from parallel.engine import Engine
 from parallel.groups import Groups, LauncherRanks, build_groups
 from parallel.materialise import TensorSource
@@ -65,7 +66,7 @@ def run(cfg: RunConfig, resolved_yaml: str, ranks: LauncherRanks) -> Path:
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
             return run_dir
-        engine = build_engine(cfg, groups, saved or _fresh_weights(cfg))
+        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, saved or _fresh_weights(cfg))
         if saved:
             saved.restore(engine, groups)
         trainer = Trainer(
@@ -85,14 +86,14 @@ def run(cfg: RunConfig, resolved_yaml: str, ranks: LauncherRanks) -> Path:
     return run_dir
 
 
-def build_engine(cfg: RunConfig, groups: Groups, source: TensorSource) -> Engine:
+def make_engine(
+    model_cfg: ModelConfig, engine_cfg: EngineConfig, optim: OptimConfig, groups: Groups, source: TensorSource
+) -> Engine:
     """The model on the meta device, filled from ``source`` and handed to DeepSpeed."""
-    runtime = models.Runtime(
-        attention=cfg.engine.attention, recompute=cfg.engine.recompute, loss_chunk=cfg.engine.loss_chunk
-    )
-    model = models.build(cfg.model, groups.tp, runtime)
-    adamw = functools.partial(_adamw, cfg.optim)
-    return Engine(model, source, adamw, cfg.engine, cfg.optim.clip, groups, layer_types=[Layer])
+    runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, engine_cfg.loss_chunk)
+    model = models.build(model_cfg, groups.tp, runtime)
+    adamw = functools.partial(_adamw, optim)
+    return Engine(model, source, adamw, engine_cfg, optim.clip, groups, layer_types=[Layer])
 
 
 def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,149 @@
+"""What the pools run: a tiny model trained in a given layout, with everything that must not depend on the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data.batch import Document, MicroBatch, Row, collate, split_rows
+from models import ModelConfig
+from models.init import InitSource
+from parallel.config import EngineConfig
+from parallel.engine import Engine
+from parallel.groups import Groups, LauncherRanks, build_groups
+from trainer import channels, checkpoint
+from trainer.optim import OptimConfig
+from trainer.run import make_engine
+from trainer.stages.next_token import NextToken
+
+NAMES = ("even", "late", "rare")
+TINY = ModelConfig(
+    family="llama",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_seq_len=128,
+)
+
+
+def here(**more: Any) -> Groups:
+    """The groups of the pool this process belongs to."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return build_groups(LauncherRanks(rank, size, rank), 300)
+
+
+def uneven_rows(step: int, count: int = 8) -> list[list[Document]]:
+    """``count`` rows of very uneven lengths and supervised tokens (1 to all), channels missing from most rows."""
+    random = np.random.default_rng([7, step])
+    rows = []
+    for index in range(count):
+        lengths = random.integers(2, 40, size=random.integers(1, 4))
+        channel = 2 if index == step % count else (1 if step > 1 and index % 3 == 0 else 0)
+        row = []
+        for length in lengths:
+            learn = np.zeros(length, dtype=bool)
+            learn[-1 if index % 2 else 1 :] = True
+            row.append(Document(random.integers(0, TINY.vocab_size, size=length), learn, channel))
+        rows.append(row)
+    return rows
+
+
+def my_micro_batches(step: int, groups: Groups, micro_rows: int) -> list[MicroBatch]:
+    """This rank's micro-batches of the step's eight rows, cut by the product's own rule."""
+    rows = uneven_rows(step)
+    light = [Row((i,), tuple(len(doc.tokens_L) for doc in row)) for i, row in enumerate(rows)]
+    mine = split_rows(light, groups.dp.rank, groups.dp.size, micro_rows)
+    return [collate([doc for row in part for doc in rows[row.pieces[0]]]) for part in mine]
+
+
+def whole(engine: Engine, groups: Groups, kind: str) -> dict[str, torch.Tensor]:
+    """Every parameter's flat ``master`` or optimizer state, joined from all ranks' fragments."""
+    mine = [(f.name, f.start, (f.master if kind == "master" else f.states[kind]).detach().clone()) for f in engine.fragments()]
+    gathered = groups.all_gather(mine)
+    joined: dict[str, torch.Tensor] = {}
+    for name, param in engine.model.named_parameters():
+        pieces = sorted(((s, t) for part in gathered for n, s, t in part if n == name), key=lambda piece: piece[0])
+        joined[name] = torch.cat([tensor for _, tensor in pieces])
+        assert joined[name].numel() == getattr(param, "ds_numel", param.numel()), name
+    return joined
+
+
+def train(
+    zero: int,
+    micro_rows: int,
+    steps: int = 4,
+    *,
+    precision: str = "fp32",
+    recompute: str = "none",
+    offload: bool = False,
+    clip: float = 1.0,
+    tied: bool = False,
+    first: int = 0,
+    save_to: str | None = None,
+    resume_from: str | None = None,
+) -> dict[str, Any]:
+    """Train the tiny model; losses, norms, per-channel numbers, first-step gradients and final weights."""
+    groups = here()
+    cfg = dataclasses.replace(TINY, tied_embeddings=tied)
+    # A large eps keeps Adam from blowing rounding noise of vanishing gradients up to a whole step.
+    optim = OptimConfig(lr=1e-2, clip=clip, eps=1e-4)
+    engine_cfg = EngineConfig(zero=zero, precision=precision, recompute=recompute, offload_optimizer=offload)
+    saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
+    engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3))
+    if saved:
+        saved.restore(engine, groups)
+    stage = NextToken(len(NAMES))
+    out: dict[str, Any] = {"metrics": [], "norm": []}
+    for step in range(first, first + steps):
+        batches = my_micro_batches(step, groups, micro_rows)
+        (count,) = groups.sum([stage.count(batches)])
+        result = engine.train_step(batches, stage.forward, count, optim.lr_at(step, 100))
+        out["metrics"].append(channels.metrics(result.metrics, NAMES, groups.all_gather, "train"))
+        out["norm"].append(result.grad_norm)
+        if step == first:
+            # AdamW's first moment after one step is (1 - beta1) times the gradient.
+            moments = whole(engine, groups, "exp_avg")
+            out["grads"] = {n: m / (1 - optim.betas[0]) for n, m in moments.items()}
+    if save_to:
+        state = {"position": 8 * (first + steps), "world": groups.world, "model": {}, "data": ""}
+        out["saved"] = str(checkpoint.save(Path(save_to), first + steps, engine, state, groups, keep_last=2))
+    out["weights"] = whole(engine, groups, "master")
+    out["losses"] = [m["train/loss"] for m in out["metrics"]]
+    return out
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference between two sets of tensors, relative to the largest value of the tensor."""
+    assert a.keys() == b.keys()
+    return max(float((a[n] - b[n]).detach().abs().max() / a[n].detach().abs().max().clamp_min(1e-12)) for n in a)
+
+
+def relative(a: Sequence[float], b: Sequence[float]) -> float:
+    """Largest relative difference of two series."""
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+def accumulate_equal(zero: int, times: int) -> float:
+    """Distance between the bf16 gradient of one micro-batch and of the same one accumulated ``times`` times."""
+    groups = here()
+    optim = OptimConfig(lr=0.0, clip=0.0)
+
+    def gradient(repeats: int) -> dict[str, torch.Tensor]:
+        engine = make_engine(TINY, EngineConfig(zero=zero, precision="bf16"), optim, groups, InitSource(TINY, seed=3))
+        stage = NextToken(len(NAMES))
+        batch = my_micro_batches(0, groups, 8)[0]
+        engine.train_step([batch] * repeats, stage.forward, repeats * stage.count([batch]), 0.0)
+        return whole(engine, groups, "exp_avg")
+
+    return distance(gradient(1), gradient(times))

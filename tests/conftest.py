@@ -1,0 +1,24 @@
+"""Pools of processes shared by the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Pool]]:
+    """``pool(n)``: n processes, started at first use."""
+    pools: dict[int, Pool] = {}
+
+    def of(size: int) -> Pool:
+        if size not in pools:
+            pools[size] = Pool(size, tmp_path_factory.mktemp(f"pool{size}"))
+        return pools[size]
+
+    yield of
+    for each in pools.values():
+        each.close()
