@@ -6,6 +6,7 @@ how the sections go together.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from models import config_from_hf_folder
 from trainer import overrides, typed
-from trainer.config import RunConfig
+from trainer.config import RunConfig, check
 from trainer.folders import MAY_DIFFER_FROM_FOLDER, folder_problem
 from trainer.problems import Problem, format_problems
 
@@ -26,16 +27,21 @@ EXAMPLES = {
     "optim.betas": "'optim.betas=[0.9,0.95]'",
 }
 """How to give the keys whose type alone does not show it."""
+LISTS = ("data.sources", "data.eval_sources")
 PATH_KEYS = ("init_from", "data.tokenizer", "data.chat_template", "data.cache_dir", "run.dir", "run.resume")
 
 
-def preflight(argv: Sequence[str]) -> None:
+def preflight(argv: Sequence[str], world_size: int = 1) -> None:
     """Check the command line, without the program's name, before Hydra reads it.
 
+    When a word is refused, the rest of the config is judged as well, so that everything is told at once.
+
     Raises:
-        ValueError: one message with every malformed word and every unknown group, option or key.
+        ValueError: one message with every malformed word, every unknown group, option or key, and what else is wrong.
     """
-    overrides.preflight(argv, typed.keys(RunConfig))
+    problems, rest = overrides.judge(argv, typed.keys(RunConfig))
+    if problems:
+        raise ValueError(format_problems(_with_the_rest(problems, judge(rest, world_size)[1] if rest else [])))
 
 
 def strip_launcher_args(argv: Sequence[str]) -> list[str]:
@@ -43,14 +49,22 @@ def strip_launcher_args(argv: Sequence[str]) -> list[str]:
     return overrides.words_for_hydra(argv, typed.keys(RunConfig))
 
 
-def load(cfg: DictConfig) -> RunConfig:
+def load(cfg: DictConfig, world_size: int = 1) -> RunConfig:
     """The composed config as a ``RunConfig``, every field of the declared type.
 
     ``model.family: auto`` (conf/model/hf.yaml) takes the model section from ``init_from/config.json``.
 
     Raises:
-        ValueError: one message with every unknown, missing or mistyped key.
+        ValueError: one message with every unknown, missing or mistyped key, and what else is wrong across sections.
     """
+    run, problems = judge(cfg, world_size)
+    if run is None:
+        raise ValueError(format_problems(problems))
+    return run
+
+
+def judge(cfg: DictConfig, world_size: int) -> tuple[RunConfig | None, list[Problem]]:
+    """The typed config; or None and every problem, those across sections included as far as types allow."""
     try:
         tree = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as err:
@@ -66,10 +80,38 @@ def load(cfg: DictConfig) -> RunConfig:
     run = typed.build(RunConfig, plain, "", typing, EXAMPLES)
     folder_refused = bool(problems) and not plain["model"]
     problems += [problem for problem in typing if not (folder_refused and problem.key.startswith("model."))]
-    if problems:
-        raise ValueError(format_problems(problems))
-    assert run is not None
-    return run
+    if not problems:
+        return run, []
+    repaired = typed.build(RunConfig, _without(plain, problems), "", [], EXAMPLES)
+    return None, _with_the_rest(problems, check(repaired, world_size) if repaired else [])
+
+
+def _without(tree: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
+    """A tree without the values that were refused, so that defaults stand in for them; refused lists become empty."""
+    tree = copy.deepcopy(tree)
+    for problem in problems:
+        section, _, name = problem.key.partition("[")[0].rpartition(".")
+        node: Any = tree
+        for part in section.split(".") if section else ():
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            if problem.key.startswith(LISTS):
+                node[name] = []
+            else:
+                node.pop(name, None)
+    return tree
+
+
+def _with_the_rest(first: Sequence[Problem], later: Sequence[Problem]) -> list[Problem]:
+    """All problems, without the later ones that only follow from an earlier one or repeat it."""
+
+    def follows(problem: Problem) -> bool:
+        return any(
+            problem.key.startswith(told.key) or told.key.startswith(problem.key) or problem.key in told.way_out
+            for told in first
+        )
+
+    return [*first, *(problem for problem in later if not follows(problem))]
 
 
 def _expand_home(tree: dict[Any, Any]) -> None:

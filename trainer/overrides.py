@@ -1,6 +1,6 @@
 """The command line, read before Hydra reads it, so that a slip of the pen gets an answer in the user's terms.
 
-Hydra refuses unknown keys, groups and options itself, one at a time and in its own words; ``preflight`` finds them all
+Hydra refuses unknown keys, groups and options itself, one at a time and in its own words; ``judge`` finds them all
 first. It imports neither torch nor any room.
 """
 
@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.problems import Problem, format_problems, nearest
+from trainer.problems import Problem, nearest
 from trainer.suggest import close_keys
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -45,22 +45,21 @@ def words_for_hydra(argv: Sequence[str], declared: Sequence[str] = ()) -> list[s
     return kept
 
 
-def preflight(argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CONF) -> None:
-    """Check the command line (without the program's name) against the config it will be composed into.
+def judge(
+    argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CONF
+) -> tuple[list[Problem], DictConfig | None]:
+    """Problems of the command line (without the program's name), and the config that its sound words compose to.
 
     ``declared`` are the keys the dataclasses have (``typed.keys``): legal also where the chosen file leaves them out.
-    Returns at once for flags that only ask (``--help``, ``--info`` ...). Values are not judged here: that is the
-    typed door's work, once Hydra has composed them.
-
-    Raises:
-        ValueError: naming every word that is malformed, or names no group, option or key, each with the nearest one.
+    Values are not judged here: that is the typed door's work. The config is None when no word was refused (Hydra will
+    compose it), when the sections themselves are in doubt, or when it is not ours (``--config-name``).
     """
     argv = words_for_hydra(argv)
     if any(word.split("=")[0] in ASKING_FLAGS for word in argv):
-        return
+        return [], None
     words, folders, problems = _split(argv, conf)
-    if folders is None:  # another --config-path or --config-name: not our config to judge
-        return
+    if folders is None:
+        return problems, None
     parsed, malformed = _parse(words)
     groups = _groups(folders)
     choosing = [o for o in parsed if _is_group(o, groups)]
@@ -69,14 +68,24 @@ def preflight(argv: Sequence[str], declared: Sequence[str] = (), conf: Path = CO
     legal = _compose(choices, folders)
     known = list(dict.fromkeys([*_keys(legal), *declared]))
     problems += [_judge_malformed(text, reason, known) for text, reason in malformed] + wrong_choices
-    problems += [
-        problem for o in parsed if o not in choosing and (problem := _judge_key(o, legal, known, declared, groups))
-    ]
+    sweeping = not any(word in ("--multirun", "-m") for word in argv)
+    sound: dict[str, str] = {}  # the last word of each key
+    for override in parsed:
+        if override in choosing:
+            continue
+        problem = _judge_key(override, legal, known, declared, groups)
+        if problem is None and sweeping and override.is_sweep_override():
+            problem = _judge_sweep(override)
+        if problem is not None:
+            problems.append(problem)
+        elif not override.is_sweep_override():
+            sound[override.key_or_group] = str(override.input_line)
     problems += _given_twice(parsed)
-    if not any(word in ("--multirun", "-m") for word in argv):
-        problems += [_judge_sweep(o) for o in parsed if o.is_sweep_override()]
-    if problems:
-        raise ValueError(format_problems(problems))
+    unplaced = [problem.key.lstrip("~") for problem in problems if "." not in problem.key]
+    in_doubt = any(key in groups or (nearest(key, groups) and not close_keys(key, known)) for key in unplaced)
+    if in_doubt or not problems:
+        return problems, None
+    return problems, _compose(choices + words_for_hydra(list(sound.values()), declared), folders)
 
 
 def _split(argv: Sequence[str], conf: Path) -> tuple[list[str], list[Path] | None, list[Problem]]:

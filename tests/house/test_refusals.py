@@ -94,8 +94,8 @@ def message(words: Sequence[str], composed: Compose, world_size: int = 2) -> str
     given = {word.split("=")[0].lstrip("+") for word in words}
     argv = strip_launcher_args([word for word in START if word.split("=")[0] not in given] + list(words))
     try:
-        preflight(argv)
-        cfg = load(composed(*argv))
+        preflight(argv, world_size)
+        cfg = load(composed(*argv), world_size)
     except ValueError as err:
         return str(err)
     problems = check(cfg, world_size, CPU)
@@ -144,6 +144,21 @@ def test_runs(overrides: str, composed: Compose, world: Path) -> None:
 def test_problems_of_many_sections_come_together(composed: Compose, world: Path) -> None:
     words = "data.global_batch_rows=7 run.epochs=1 optim.warmup_steps=500 engine.attention=flash_attn log.every=0"
     assert "has 5 problems" in message(words.split(), composed)
+
+
+def test_command_line_types_and_sections_are_told_in_one_message(composed: Compose, world: Path) -> None:
+    words = "optim.clpi=1 engine.zero=9 run.epochs=1 data.global_batch_rows=7 optim.warmup_steps=500"
+    text = message(words.split(), composed)
+    assert "has 5 problems" in text
+    for key in ("optim.clpi", "engine.zero", "run.steps", "data.global_batch_rows", "optim.warmup_steps"):
+        assert f"  {key} = " in text
+
+
+def test_what_only_follows_is_not_told_twice(composed: Compose, world: Path) -> None:
+    """steps=5 is refused as a key; that run.steps is then missing would only puzzle."""
+    text = message(["run.steps=null", "steps=5", "data.sources=chats.jsonl"], composed)
+    assert "has 2 problems" in text
+    assert "did you mean run.steps?" in text
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from trainer.overrides import preflight, words_for_hydra
+from trainer.overrides import judge, words_for_hydra
+from trainer.problems import format_problems
 
 FILES = {
     "config.yaml": "defaults:\n  - _self_\n  - model: small\n  - data: plain\n  - optim: adamw\n  - run: default\n"
@@ -22,6 +23,13 @@ FILES = {
     "run/default.yaml": "steps: null\nname: null\n",
 }
 DECLARED = ["model.layers", "model.window", "data.sources", "data.sources[].path", "data.sources[].weight", "optim.lr"]
+
+
+def preflight(argv: list[str], declared: list[str], conf: Path) -> None:
+    """Raise what is wrong with the command line."""
+    problems, _ = judge(argv, declared, conf)
+    if problems:
+        raise ValueError(format_problems(problems))
 
 
 @pytest.fixture
@@ -111,6 +119,21 @@ def test_a_folder_of_the_users_own_joins_the_groups(conf: Path, tmp_path_factory
     preflight(["--config-dir", str(mine), "model=ours", "model.extra=2"], DECLARED, conf)
     with pytest.raises(ValueError, match="try: model=ours"):
         preflight([f"--config-dir={mine}", "model=oors"], DECLARED, conf)
+
+
+def test_the_sound_words_still_compose(conf: Path) -> None:
+    """What is not refused goes on to be judged: the last of a key given twice, and no refused word."""
+    argv = ["optim.lr=1", "optim.lr=2", "optim.clpi=3", "model=llama7b", "model.window=4"]
+    problems, rest = judge(argv, DECLARED, conf)
+    assert [problem.key for problem in problems] == ["optim.clpi", "optim.lr"]
+    assert rest is not None
+    assert (rest.optim.lr, rest.optim.clip, rest.model.layers, rest.model.window) == (2, 1.0, 32, 4)
+
+
+def test_nothing_goes_on_when_a_section_is_in_doubt(conf: Path) -> None:
+    assert judge(["model=lama7b"], DECLARED, conf)[1] is None
+    assert judge(["modl=llama7b"], DECLARED, conf)[1] is None
+    assert judge(["--help"], DECLARED, conf)[1] is None
 
 
 def test_leaves_no_trace_in_hydra(conf: Path) -> None:
