@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -12,10 +12,18 @@ from omegaconf import OmegaConf
 from parallel.engine import Engine, StepResult
 from parallel.groups import LauncherRanks
 from scripts.bench import workload
-from scripts.bench.turns import Schedule, Turns
+from scripts.bench.turns import Schedule
 from trainer.door import load
 from trainer.logging.log import NullLog, RunLog
 from trainer.overrides import CONF
+
+
+class Counter(Protocol):
+    """Hears of every finished step: ``scripts.bench.turns.Turns``, or a count of something else."""
+
+    def step(self, tokens: int, loss: float) -> None:
+        """One optimizer step on ``tokens`` tokens of this process has been logged."""
+        ...
 
 
 def overrides(data: Path, run_dir: str, schedule: Schedule) -> list[str]:
@@ -40,12 +48,12 @@ def overrides(data: Path, run_dir: str, schedule: Schedule) -> list[str]:
     ]
 
 
-def train(command: Sequence[str], turns: Turns) -> None:
+def train(command: Sequence[str], turns: Counter) -> None:
     """Compose ``command`` and run it, reporting to ``turns`` after each step has been logged.
 
     Args:
         command: Hydra overrides, as on ``train.py``'s command line.
-        turns: the harness's side.
+        turns: hears of every step.
     """
     from trainer.run import run
 
@@ -56,7 +64,7 @@ def train(command: Sequence[str], turns: Turns) -> None:
     run(load(cfg), OmegaConf.to_yaml(cfg, resolve=True), ranks)
 
 
-def _count_steps(turns: Turns) -> None:
+def _count_steps(turns: Counter) -> None:
     """Hang the counter on two public seams: the engine knows this rank's tokens, the log's line ends the step."""
     tokens = 0
     train_step = Engine.train_step

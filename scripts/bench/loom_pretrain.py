@@ -8,29 +8,39 @@ from pathlib import Path
 
 from parallel.groups import LauncherRanks
 from scripts.bench import loom, workload
-from scripts.bench.turns import Turns, parse_args
+from scripts.bench.turns import Schedule, Turns, parse_args
 
 
-def main() -> None:
-    """Train through Loom's own run."""
-    parser = argparse.ArgumentParser()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this contender."""
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further Hydra overrides")
-    args, schedule = parse_args(parser)
-    ranks, data = LauncherRanks.read(), Path(args.data)
-    # One folder for all ranks, apart from other contenders': the launcher is the same parent process for all of them.
+
+
+def command(args: argparse.Namespace, schedule: Schedule, world: int) -> list[str]:
+    """The Hydra overrides of this contender on ``world`` processes."""
+    data = Path(args.data)
+    # One folder for all ranks of this launch and for nobody else: they have the launcher as their parent.
     run_dir = data / f"loom-zero{args.zero}-{os.getppid()}"
-    command = [
+    return [
         *loom.overrides(data, str(run_dir), schedule),
         "stage=pretrain",
         f"data.sources=[{{path: {data / 'pretrain.jsonl'}, channel: text}}]",
         f"data.seq_len={workload.SEQ_LEN}",
         f"data.micro_batch_rows={workload.MICRO_BATCH}",
-        f"data.global_batch_rows={workload.MICRO_BATCH * ranks.world}",
+        f"data.global_batch_rows={workload.MICRO_BATCH * world}",
         f"engine=zero{args.zero}",
         *args.set,
     ]
-    loom.train(command, Turns(args.address, schedule, ranks.rank))
+
+
+def main() -> None:
+    """Train through Loom's own run."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args, schedule = parse_args(parser)
+    ranks = LauncherRanks.read()
+    loom.train(command(args, schedule, ranks.world), Turns(args.address, schedule, ranks.rank))
 
 
 if __name__ == "__main__":
