@@ -25,6 +25,13 @@ def required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = required(config, key)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json has {key}={value!r}; it must be a whole number above 0")
+    return value
+
+
 def shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ModelConfig that every family reads in the same way.
 
@@ -34,17 +41,17 @@ def shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"config.json asks for hidden_act={activation!r}; the decoder has silu (SwiGLU) only")
-    heads, hidden = required(config, "num_attention_heads"), required(config, "hidden_size")
+    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     architectures = config.get("architectures") or []
     return {
-        "vocab_size": required(config, "vocab_size"),
+        "vocab_size": _size(config, "vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": required(config, "intermediate_size"),
-        "num_layers": required(config, "num_hidden_layers"),
+        "intermediate_size": _size(config, "intermediate_size"),
+        "num_layers": _size(config, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or hidden // heads,
-        "max_seq_len": required(config, "max_position_embeddings"),
+        "max_seq_len": _size(config, "max_position_embeddings"),
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "rope": rope_from_hf(config),
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),

@@ -34,7 +34,14 @@ def problems(cfg: ModelConfig) -> list[Problem]:
     found: list[Problem] = []
     if cfg.qkv_bias != cfg.attention_out_bias:
         reason = "Llama has one switch for the biases of q, k, v and out"
-        found.append(("attention_out_bias", cfg.attention_out_bias, reason, f"model.attention_out_bias={cfg.qkv_bias}"))
+        found.append(
+            (
+                "attention_out_bias",
+                cfg.attention_out_bias,
+                reason,
+                f"model.attention_out_bias={str(cfg.qkv_bias).lower()}",
+            )
+        )
     if cfg.qk_norm:
         found.append(("qk_norm", True, "Llama has no q/k norm", "model.qk_norm=false, or model.family=qwen3"))
     if cfg.sliding_window is not None:

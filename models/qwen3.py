@@ -35,5 +35,12 @@ def problems(cfg: ModelConfig) -> list[Problem]:
         found.append(("mlp_bias", True, "Qwen3 has no bias in the feed-forward", "model.mlp_bias=false"))
     if cfg.qkv_bias != cfg.attention_out_bias:
         reason = "Qwen3 has one switch for the biases of q, k, v and out"
-        found.append(("attention_out_bias", cfg.attention_out_bias, reason, f"model.attention_out_bias={cfg.qkv_bias}"))
+        found.append(
+            (
+                "attention_out_bias",
+                cfg.attention_out_bias,
+                reason,
+                f"model.attention_out_bias={str(cfg.qkv_bias).lower()}",
+            )
+        )
     return found

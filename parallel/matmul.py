@@ -1,7 +1,7 @@
 """Matrix products and the linear function under every layer.
 
-On a CPU, torch's fp32 `mm` goes to MKL, which uses half the vector width on processors of another maker;
-oneDNN, shipped with torch as well, was measured at 165-190 GFLOP/s a thread where `mm` reached 73-88 (1024 x 256 x 1408, Zen 5).
+On a CPU, torch's fp32 `mm` goes to MKL, which uses half the vector width on processors of another maker. oneDNN,
+shipped with torch as well, was measured at 165-190 GFLOP/s a thread where `mm` had 73-88 (1024 x 256 x 1408, Zen 5).
 """
 
 from collections.abc import Callable

@@ -1,0 +1,131 @@
+"""Weights of a folder under our names, and every way a folder can fail to fit the config."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.from_hf import HFSource, iter_from_hf, weight_rules, whole_shapes
+from convert.hf_files import SINGLE, StoredTensor
+from convert.to_hf import export
+from models import ModelConfig, build
+from models.init import InitSource
+
+CFG = ModelConfig("llama", 40, 16, 24, 2, 4, 2, 4, 64, init_std=0.1)
+VARIANTS = {
+    "llama": CFG,
+    "llama_biases": dataclasses.replace(CFG, qkv_bias=True, attention_out_bias=True, mlp_bias=True),
+    "qwen2": dataclasses.replace(CFG, family="qwen2", qkv_bias=True, tied_embeddings=True),
+    "qwen3": dataclasses.replace(CFG, family="qwen3", qk_norm=True, head_dim=8),
+    "scalar": dataclasses.replace(CFG, head="scalar"),
+}
+
+
+def write(folder: Path, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Path:
+    source = InitSource(cfg, 0)
+    return export(folder, cfg, ((name, source.tensor(name)) for name in whole_shapes(cfg)), dtype=dtype)
+
+
+def edit(folder: Path, **change: torch.Tensor | None) -> None:
+    """Replace (or, with None, remove) tensors of a folder; '.' in names is spelled '__'."""
+    tensors = load_file(folder / SINGLE)
+    for key, tensor in change.items():
+        name = key.replace("__", ".")
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / SINGLE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_has_one_rule_and_no_rule_is_left(variant: str) -> None:
+    cfg = VARIANTS[variant]
+    rules, _ = weight_rules(cfg)
+    assert list(rules) == list(dict.fromkeys(rules)) and set(rules) == {n for n, _ in build(cfg).named_parameters()}
+    theirs = [name for rule in rules.values() for name in rule.sources]
+    assert len(theirs) == len(set(theirs))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip_is_exact(tmp_path: Path, variant: str) -> None:
+    cfg = VARIANTS[variant]
+    source = InitSource(cfg, 0)
+    found = dict(iter_from_hf(write(tmp_path / "hf", cfg), cfg))
+    assert set(found) == set(whole_shapes(cfg))
+    assert all(torch.equal(tensor, source.tensor(name)) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loads_into_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = InitSource(CFG, 0)
+    for name, tensor in iter_from_hf(write(tmp_path / "hf", CFG, dtype), CFG):
+        assert tensor.dtype is torch.float32
+        assert torch.equal(tensor, source.tensor(name).to(dtype).float())
+
+
+def told(folder: Path, cfg: ModelConfig = CFG) -> str:
+    with pytest.raises(ValueError) as caught:
+        HFSource(folder, cfg).check()
+    return str(caught.value)
+
+
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", CFG)
+    edit(folder, model__layers__1__self_attn__k_proj__weight=None, lm_head__weight=None)
+    message = told(folder)
+    assert "2 tensors are missing:" in message
+    assert "model.layers.1.self_attn.k_proj.weight" in message and "lm_head.weight" in message
+
+
+def test_other_shapes_are_named_with_both(tmp_path: Path) -> None:
+    message = told(write(tmp_path / "hf", CFG), dataclasses.replace(CFG, intermediate_size=32))
+    assert "6 tensors have another shape:" in message
+    assert "model.layers.0.mlp.gate_proj.weight: [24, 16] in the file, [32, 16] by the config" in message
+    assert "... and 1 more" in message and "model=hf" in message
+    assert message.count("in the file") == 5
+
+
+def test_tensors_of_another_model_are_named(tmp_path: Path) -> None:
+    message = told(write(tmp_path / "hf", VARIANTS["llama_biases"]))
+    assert "14 tensors have no place in the model:" in message
+    assert "model.layers.0.self_attn.q_proj.bias" in message and "... and 9 more" in message
+
+
+def test_all_kinds_are_told_together(tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", CFG)
+    edit(folder, model__norm__weight=None, model__extra=torch.zeros(1), lm_head__weight=torch.zeros(3, 16))
+    message = told(folder)
+    assert all(
+        part in message for part in ("1 tensors are missing", "1 tensors have another", "1 tensors have no place")
+    )
+
+
+def test_tied_checkpoint_may_repeat_the_head_and_old_ones_hold_frequencies(tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", VARIANTS["qwen2"])
+    edit(folder, lm_head__weight=torch.zeros(40, 16), model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(2))
+    HFSource(folder, VARIANTS["qwen2"]).check()
+
+
+def test_check_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HFSource(write(tmp_path / "hf", CFG), CFG)
+
+    def refuse(_: StoredTensor) -> torch.Tensor:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(StoredTensor, "read", refuse)
+    source.check()
+    with pytest.raises(AssertionError, match="was read"):
+        source.tensor("norm.weight")
+
+
+def test_scalar_head_on_a_language_model_starts_fresh(tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", CFG)
+    cfg = dataclasses.replace(CFG, head="scalar")
+    source = HFSource(folder, cfg, seed=7)
+    with pytest.warns(UserWarning, match="scalar head starts from fresh weights"):
+        source.check()
+    assert torch.equal(source.tensor("head.weight"), InitSource(cfg, 7).tensor("head.weight"))
+    assert torch.equal(source.tensor("norm.weight"), torch.ones(16))

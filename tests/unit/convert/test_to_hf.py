@@ -1,0 +1,142 @@
+"""The exported folder: loaded by transformers with equal logits, byte-equal after a round trip, all or nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from convert.from_hf import HFSource, iter_from_hf, whole_shapes
+from convert.hf_files import INDEX, SINGLE
+from convert.to_hf import export
+from models import ModelConfig, build, config_from_hf_folder
+from models.init import InitSource
+from parallel.materialise import materialise
+from parallel.sharding import SINGLE as ALONE
+
+SIZES = (40, 16, 24, 2, 4, 2, 4, 64)
+CFG = ModelConfig("llama", *SIZES, init_std=0.2)
+
+
+def weights(cfg: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    source = InitSource(cfg, 0)
+    return ((name, source.tensor(name)) for name in whole_shapes(cfg))
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """A tokenizer of 40 words with a chat template and a generation config."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(38)} | {"<s>": 38, "</s>": 39}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 39, "temperature": 0.5}))
+    return folder
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 2000])
+def test_transformers_loads_it_with_equal_logits(tmp_path: Path, shard_bytes: int) -> None:
+    """fp32, 1e-5."""
+    folder = export(tmp_path / "hf", CFG, weights(CFG), shard_bytes=shard_bytes)
+    assert (folder / INDEX).is_file() == (shard_bytes == 2000)
+    theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ours = build(CFG)
+    materialise(ours, HFSource(folder, CFG), ALONE, torch.device("cpu"))
+    tokens = torch.randint(0, 40, (20,))
+    with torch.no_grad():
+        expected, got = theirs(tokens[None]).logits[0], ours(tokens, torch.arange(20), [0, 20], output="head")
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_round_trip_is_byte_equal(tmp_path: Path) -> None:
+    for shard_bytes, dtype in ((10**9, torch.float32), (1500, torch.bfloat16)):
+        first = export(tmp_path / f"a{shard_bytes}", CFG, weights(CFG), dtype=dtype, shard_bytes=shard_bytes)
+        again = iter_from_hf(first, config_from_hf_folder(first))
+        second = export(tmp_path / f"b{shard_bytes}", CFG, again, dtype=dtype, shard_bytes=shard_bytes)
+        names = sorted(path.name for path in first.iterdir())
+        assert names == sorted(path.name for path in second.iterdir())
+        assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_what_transformers_saved_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    export(tmp_path / "first", CFG, weights(CFG))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "theirs")
+    export(tmp_path / "ours", CFG, iter_from_hf(tmp_path / "theirs", CFG))
+    theirs, ours = HFSource(tmp_path / "theirs", CFG), HFSource(tmp_path / "ours", CFG)
+    for name in whole_shapes(CFG):
+        assert [t.read().numpy().tobytes() for t in theirs.stored(name)] == [
+            t.read().numpy().tobytes() for t in ours.stored(name)
+        ]
+
+
+def test_tokenizer_and_generation_config_travel(tmp_path: Path) -> None:
+    source = tokenizer_folder(tmp_path / "tok")
+    folder = export(tmp_path / "hf", CFG, weights(CFG), tokenizer_folder=source)
+    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(folder)
+    assert after("w1 w2 w3")["input_ids"] == before("w1 w2 w3")["input_ids"] == [1, 2, 3]
+    assert after.chat_template == before.chat_template
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.eos_token_id == 39 and model.config.bos_token_id == 38
+    assert model.generation_config.temperature == 0.5
+    out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
+    assert out.shape[1] >= 4
+
+
+def test_scalar_head_becomes_a_classifier(tmp_path: Path) -> None:
+    cfg = ModelConfig("llama", *SIZES, head="scalar", init_std=0.2)
+    folder = export(tmp_path / "hf", cfg, weights(cfg))
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder)
+    theirs.config.pad_token_id = 0
+    ours = build(cfg)
+    materialise(ours, HFSource(folder, cfg), ALONE, torch.device("cpu"))
+    tokens = torch.randint(1, 40, (9,))
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0, 0]
+        got = ours(tokens, torch.arange(9), [0, 9], output="head")[-1]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(weights(CFG))
+        raise RuntimeError("lost a rank")
+
+    with pytest.raises(RuntimeError, match="lost a rank"):
+        export(tmp_path / "hf", CFG, broken())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_used_folder_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    folder = export(tmp_path / "hf", CFG, weights(CFG))
+    stamp = (folder / SINGLE).stat().st_ino
+    with pytest.raises(ValueError, match="already holds something"):
+        export(folder, CFG, weights(CFG))
+    assert (folder / SINGLE).stat().st_ino == stamp
+    export(folder, CFG, weights(CFG), overwrite=True)
+    assert (folder / SINGLE).stat().st_ino != stamp and [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not an earlier export"):
+        export(tmp_path / "thesis", CFG, weights(CFG), overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        export(tmp_path / "file", CFG, weights(CFG), overwrite=True)
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"has no tokenizer"):
+        export(tmp_path / "hf", CFG, weights(CFG), tokenizer_folder=tmp_path / "empty")
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,80 @@
+"""Every conf/model YAML has the parameter count of the model it names, by transformers and by the published number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from models import FAMILIES
+from scripts.params import count_by_part, load_model, main, table
+
+CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
+NAMES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hf")
+PUBLISHED = {
+    "llama7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen2_5_72b": 72_706_203_648,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+    "smollm2_135m": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_count_equals_transformers(name: str) -> None:
+    cfg = load_model(name, [])
+    keys = FAMILIES[cfg.family].to_hf_config(cfg)
+    del keys["architectures"]
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys))
+    total = sum(count_by_part(cfg).values())
+    assert total == theirs.num_parameters()
+    assert total == PUBLISHED.get(name, total)
+
+
+def test_all_promised_models_are_there() -> None:
+    assert set(PUBLISHED) | {"tiny_llama", "tiny_qwen2", "tiny_qwen3"} <= set(NAMES)
+
+
+def test_table_of_llama7b(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["model=llama7b"])
+    lines = capsys.readouterr().out.splitlines()
+    parts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines[2:]}
+    # Embedding and head 32000 x 4096; 32 layers of 4 x 4096^2, 3 x 4096 x 11008, 2 x 4096; a last norm.
+    assert parts == {
+        "embedding": 131_072_000,
+        "attention": 2_147_483_648,
+        "mlp": 4_328_521_728,
+        "norms": 266_240,
+        "head": 131_072_000,
+        "total": 6_738_415_616,
+    }
+
+
+def test_tied_head_counts_once() -> None:
+    cfg = load_model("smollm2_135m", [])
+    assert count_by_part(cfg)["head"] == 0
+    assert "tied to the embedding" in table(cfg, "smollm2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["model=lama7b"], "did you mean llama7b"),
+        (["model=llama7b", "model.layers=3"], "there is no such setting"),
+        (["model=llama7b", "model.num_kv_heads=3"], "model.num_kv_heads=2"),
+        (["llama7b"], "is not key=value"),
+        ([], "say which model"),
+        (["model=hf"], "init_from=HF_FOLDER"),
+        (["model=llama7b", "engine.zero=3"], "only model=NAME"),
+    ],
+)
+def test_slips_are_answered(argv: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told.replace("(", r"\(")):
+        main(argv)

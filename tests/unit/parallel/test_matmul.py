@@ -1,0 +1,83 @@
+"""The linear function against torch's own, with everything it can be asked for."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from parallel.matmul import Again, linear, product_nt, product_nt_fp32
+
+
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
+def test_product_of_any_strides(layout: str) -> None:
+    """fp64 reference; 1e-5 of the largest value."""
+    a, b = torch.randn(33, 47), torch.randn(21, 47)
+    if layout == "nn":
+        b = torch.randn(47, 21).t()
+    if layout == "tn":
+        a, b = torch.randn(47, 33).t(), torch.randn(47, 21).t()
+    expected = a.double() @ b.double().t()
+    torch.testing.assert_close(product_nt(a, b).double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_product_of_nothing_is_empty_or_zero() -> None:
+    assert product_nt(torch.empty(0, 4), torch.ones(3, 4)).shape == (0, 3)
+    assert torch.equal(product_nt(torch.empty(2, 0), torch.empty(3, 0)), torch.zeros(2, 3))
+
+
+def test_half_precision_product_is_not_rounded() -> None:
+    a, b = torch.randn(8, 300).bfloat16(), torch.randn(5, 300).bfloat16()
+    torch.testing.assert_close(product_nt_fp32(a, b), a.float() @ b.float().t(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_equals_torch(bias: bool, residual: bool) -> None:
+    """fp64 reference gradients, 1e-5 of the largest value."""
+    leaves = [torch.randn(12, 7), torch.randn(5, 7), torch.randn(5) if bias else None, torch.randn(12, 5)]
+    leaves = [leaf.requires_grad_() if leaf is not None else None for leaf in leaves]
+    x, w, b, r = leaves
+    assert x is not None and w is not None and r is not None
+    seed = torch.randn(12, 5)
+    out = linear(x, w, b, r if residual else None)
+    out.backward(seed)
+    twins = [leaf.detach().double().requires_grad_() if leaf is not None else None for leaf in leaves]
+    expected = F.linear(twins[0], twins[1], twins[2]) + (twins[3] if residual else 0)
+    expected.backward(seed.double())
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    for leaf, twin in zip(leaves[: 4 if residual else 3], twins, strict=False):
+        if leaf is not None and twin is not None:
+            assert leaf.grad is not None
+            torch.testing.assert_close(leaf.grad.double(), twin.grad, rtol=0, atol=2e-5)
+
+
+def test_input_made_again_gives_the_same_gradient() -> None:
+    base = torch.randn(12, 7)
+    weight = torch.randn(5, 7, requires_grad=True)
+    calls = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x * 2
+
+    linear(base * 2, weight).sum().backward()
+    expected, weight.grad = weight.grad, None
+    out = linear(base * 2, weight, again=Again(fn, (base,)))
+    assert not calls
+    out.sum().backward()
+    assert calls == [1] and torch.equal(weight.grad, expected)
+
+
+def test_autocast_rounds_operands_and_keeps_a_fp32_residual() -> None:
+    x, w, r = torch.randn(6, 8), torch.randn(4, 8, requires_grad=True), torch.randn(6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, summed = linear(x, w), linear(x, w, residual=r)
+    assert plain.dtype is torch.bfloat16 and summed.dtype is torch.float32
+    torch.testing.assert_close(plain, (x.bfloat16() @ w.detach().bfloat16().t()), rtol=1e-2, atol=1e-2)
+    summed.sum().backward()
+    assert w.grad is not None and w.grad.dtype is torch.float32
+
+
+def test_frozen_weight_gets_no_gradient() -> None:
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(4, 8)
+    linear(x, w).sum().backward()
+    assert x.grad is not None and w.grad is None
