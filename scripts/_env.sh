@@ -45,11 +45,11 @@ find_python() {
     return 1
 }
 
-# A compiler is needed by DeepSpeed (its CPU operator is compiled at first use) and by one package of the quickstart.
+# A C compiler is needed by one package of the quickstart's material (pycosat, which reasoning-gym uses).
 check_machine() {
     find_python >/dev/null || fail "no usable Python 3.11 or later was found (tried python3, python3.13, .12, .11)." \
         "Install one with its venv module, for instance: apt install python3.11 python3.11-venv"
-    command -v g++ >/dev/null || fail "no C++ compiler (g++) was found; DeepSpeed compiles one small operator." \
+    command -v gcc >/dev/null || command -v cc >/dev/null || fail "no C compiler (gcc) was found; one package of the quickstart is compiled." \
         "Install one, for instance: apt install build-essential"
 }
 

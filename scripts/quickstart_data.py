@@ -19,6 +19,8 @@ Conversation = list[dict[str, str]]
 
 MAX_CHARS = 520
 """Longest text of one turn, in characters; about 130 to 170 tokens of English or code."""
+MAX_CONVERSATION_CHARS = 640
+"""Longest conversation, in characters; with the template's own words it fits the quickstart's rows of 256 tokens."""
 
 MATHS_TASKS = (
     "gsm_symbolic",
@@ -57,8 +59,9 @@ def turns(user: str, assistant: str) -> Conversation:
 
 
 def pick(samples: Iterable[Conversation], count: int) -> list[Conversation]:
-    """`count` samples without repeats, in an order that depends on their content alone (a shuffle without a seed)."""
-    unique = {json.dumps(sample, ensure_ascii=False): sample for sample in samples}
+    """`count` short samples without repeats, in an order given by their content alone (a shuffle without a seed)."""
+    short = (sample for sample in samples if sum(len(turn["content"]) for turn in sample) <= MAX_CONVERSATION_CHARS)
+    unique = {json.dumps(sample, ensure_ascii=False): sample for sample in short}
     ordered = sorted(unique, key=lambda text: hashlib.sha256(text.encode()).digest())
     return [unique[text] for text in ordered[:count]]
 

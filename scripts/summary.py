@@ -3,7 +3,7 @@
     python scripts/summary.py runs/quickstart
 
 "first" and "last" are means over the first and the last quarter of the logged steps, weighted by supervised tokens, so
-that one lucky batch decides nothing. "held out" is the evaluation on samples never trained on.
+that one lucky batch decides nothing. "held out" are samples never trained on, evaluated before and after.
 """
 
 import argparse
@@ -76,18 +76,19 @@ def change(before: float | None, after: float | None) -> str:
 def render(history: History) -> str:
     """The table as text, followed by how many steps and tokens it covers."""
     lines = table(history)
-    held_out = any(line.held_out is not None for line in lines)
+    groups = [("in training", "first", "last", [(line.first, line.last) for line in lines])]
+    if any(line.held_out is not None for line in lines):
+        groups.append(("held out", "before", "after", [(line.held_out_before, line.held_out) for line in lines]))
     width = max(8, *(len(line.name) for line in lines))
-    head = f"{'loss':<{width}}  {'first':>7}  {'last':>7}  {'change':>7}"
-    head += f"  {'held out':>9}  {'before':>7}  {'change':>7}" if held_out else ""
-    out = [head, "-" * len(head)]
-    for line in lines:
-        text = f"{line.name:<{width}}  {number(line.first):>7}  {number(line.last):>7}  "
-        text += f"{change(line.first, line.last):>7}"
-        if held_out:
-            text += f"  {number(line.held_out):>9}  {number(line.held_out_before):>7}  "
-            text += f"{change(line.held_out_before, line.held_out):>7}"
-        out.append(text)
+    out = [
+        " " * width + "".join(f"  {title:^25}" for title, *_ in groups),
+        f"{'loss':<{width}}" + "".join(f"  {early:>7}  {late:>7}  {'change':>7}" for _, early, late, _ in groups),
+    ]
+    out.append("-" * len(out[-1]))
+    for index, line in enumerate(lines):
+        pairs = [values[index] for *_, values in groups]
+        cells = (f"  {number(early):>7}  {number(late):>7}  {change(early, late):>7}" for early, late in pairs)
+        out.append(f"{line.name:<{width}}" + "".join(cells))
     logged = [row for row in history.rows if row.kind == "train"]
     tokens = sum(line.tokens for line in lines)
     out.append(f"{logged[-1].step if logged else 0} steps, {tokens:,.0f} supervised tokens; nats per token")

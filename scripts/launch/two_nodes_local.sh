@@ -45,7 +45,16 @@ node 1 "$@" > >(sed -u 's/^/[node 1] /') 2> >(sed -u 's/^/[node 1] /' >&2) &
 second=$!
 node 0 "$@" &
 first=$!
-trap 'kill "$first" "$second" 2>/dev/null || true' EXIT
+end_both() { # asks, and after ten seconds insists: a launcher that waits for the other side does not hear a request
+    local tenth
+    kill "$first" "$second" 2>/dev/null || true
+    for tenth in {1..100}; do
+        kill -0 "$first" 2>/dev/null || kill -0 "$second" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -KILL "$first" "$second" 2>/dev/null || true
+}
+trap end_both EXIT
 trap 'exit 130' INT TERM
 
 status=0
