@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from parallel.groups import LauncherRanks
 from trainer.door import load, preflight, strip_launcher_args
@@ -17,17 +17,18 @@ def compose_and_run(cfg: DictConfig) -> None:
     """Hydra's entry: the composed config becomes typed, then the run starts."""
     ranks = LauncherRanks.read()
     with told_clearly(ranks.rank):
-        typed = load(cfg)
+        typed = load(cfg, ranks.world)
         from trainer.run import run  # after the config is known to be good: the engine takes seconds to import
 
-        run(typed, OmegaConf.to_yaml(cfg, resolve=True), ranks)
+        run(typed, ranks)
 
 
 def main() -> None:
     """Check the command line before Hydra reads it, then compose and run."""
     sys.argv[1:] = strip_launcher_args(sys.argv[1:])
-    with told_clearly(LauncherRanks.read().rank):
-        preflight(sys.argv[1:])
+    ranks = LauncherRanks.read()
+    with told_clearly(ranks.rank):
+        preflight(sys.argv[1:], ranks.world)
     compose_and_run()
 
 

@@ -20,8 +20,8 @@ class EngineConfig:
     """Attention back end."""
     offload_optimizer: bool = False
     """Keep optimizer states and their update in host memory (ZeRO 1-3)."""
-    loss_chunk: int = 1024
-    """Tokens whose fp32 logits exist at the same time in the loss."""
+    loss_chunk: int | None = None
+    """Tokens whose fp32 logits exist at the same time in the loss; null = as many as fit a fixed budget of memory."""
     bucket_mib: int = 64
     """Size of a gradient or parameter bucket on the wire, in MiB."""
 
@@ -30,7 +30,7 @@ class EngineConfig:
         found: list[tuple[str, object, str, str]] = []
         for key in ("loss_chunk", "bucket_mib"):
             value = getattr(self, key)
-            if value < 1:
+            if value is not None and value < 1:
                 found.append((f"engine.{key}", value, "must be at least 1", f"leave it out or set engine.{key}=64"))
         if self.offload_optimizer and self.zero == 0:
             found.append(

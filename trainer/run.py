@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 import data.pipeline
@@ -39,8 +40,12 @@ from trainer.loop import Progress, Trainer
 from trainer.optim import OptimConfig, decay_groups
 from trainer.stages import build_stage
 
+CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 24 * 2**20, 512 * 2**20
+"""fp32 logits in the loss at one time. On a CPU below what malloc serves from the heap: a larger block would be mapped
+and page-faulted anew for every micro-batch."""
 
-def run(cfg: RunConfig, resolved_yaml: str, ranks: LauncherRanks) -> Path:
+
+def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
     """Train as the config says and return the run folder.
 
     Raises:
@@ -61,7 +66,7 @@ def run(cfg: RunConfig, resolved_yaml: str, ranks: LauncherRanks) -> Path:
     stage = build_stage(cfg.stage, len(corpus.channels))
     with _open_log(cfg, groups, run_dir, total_steps, progress.step) as log:
         if groups.is_main:
-            provenance.write(run_dir, resolved_yaml, stage.contract, groups.world)
+            provenance.write(run_dir, OmegaConf.to_yaml(dataclasses.asdict(cfg)), stage.contract, groups.world)
             _introduce(cfg, log, groups, run_dir, corpus, stage.contract, saved)
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
@@ -90,7 +95,9 @@ def make_engine(
     model_cfg: ModelConfig, engine_cfg: EngineConfig, optim: OptimConfig, groups: Groups, source: TensorSource
 ) -> Engine:
     """The model on the meta device, filled from ``source`` and handed to DeepSpeed."""
-    runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, engine_cfg.loss_chunk)
+    budget = GPU_LOGITS_BYTES if groups.device.type == "cuda" else CPU_LOGITS_BYTES
+    chunk = engine_cfg.loss_chunk or max(budget // (4 * model_cfg.vocab_size), 64)
+    runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk)
     model = models.build(model_cfg, groups.tp, runtime)
     adamw = functools.partial(_adamw, optim)
     return Engine(model, source, adamw, engine_cfg, optim.clip, groups, layer_types=[Layer])
@@ -229,6 +236,7 @@ def _save(
         "model": _plain(cfg.model),
         "data": fingerprint,
         "tokenizer": cfg.data.tokenizer or cfg.init_from,
+        "chat_template": cfg.data.chat_template,
     }
     folder = checkpoint.save(run_dir / "checkpoints", progress.step, engine, state, groups, cfg.run.keep_last)
     log.note(f"saved {folder}")
