@@ -108,8 +108,9 @@ def open_cache(source: SourceConfig, key: str, cache_dir: str, maker: Maker, pee
     folder = os.path.join(cache_dir, name)
     if not peers.from_first(lambda: is_complete(folder)):
         _build(_Plan(source, key, files, folder, name, maker), peers)
-    peers.run(lambda: _must_see(folder))
-    return TokenCache(folder, paths)
+    opened: list[TokenCache] = []
+    peers.run(lambda: opened.append(_open(folder, paths)))
+    return opened[0]
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def _build(plan: _Plan, peers: Peers) -> None:
 
 def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
     """This rank's run of units as one shard: shards in rank order hold the source's rows in order."""
+    if not os.path.isdir(work):
+        raise _not_shared(os.path.dirname(work))
     units = share_units(cut_units(plan.files), peers.rank, peers.world)
     encoder = plan.maker.encoder()
     writer = ShardWriter(work, peers.rank, _token_dtype(plan.maker.load()[1]))
@@ -278,9 +281,14 @@ def _put_in_place(work: str, folder: str) -> None:
             raise
 
 
-def _must_see(folder: str) -> None:
+def _open(folder: str, paths: list[str]) -> TokenCache:
     if not is_complete(folder):
-        raise ValueError(
-            f"data.cache_dir={os.path.dirname(folder)} is not the same folder on every rank: the token cache that "
-            "rank 0 sees is missing here; set data.cache_dir to a folder all machines share"
-        )
+        raise _not_shared(os.path.dirname(folder))
+    return TokenCache(folder, paths)
+
+
+def _not_shared(cache_dir: str) -> ValueError:
+    return ValueError(
+        f"data.cache_dir={cache_dir} is not the same folder on every rank: what rank 0 wrote is missing here; "
+        "set data.cache_dir to a folder that all machines share"
+    )

@@ -88,7 +88,7 @@ class ShardWriter:
             number = self._channels.setdefault(channel, len(self._channels))
             self._examples.setdefault(channel, item.text[-300:])
             length, targets = len(made.tokens_L), int(made.learn_L[1:].sum())
-            fields.append((at, length, targets, item.content_hash(), number, item.turns, item.stops, item.too_long))
+            fields.append((at, length, targets, item.content_hash, number, item.turns, item.stops, item.too_long))
             at += length
         self._samples.append(np.array(fields, dtype=SAMPLE))
         tokens_L = np.concatenate([made.tokens_L for made in encoded])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,8 @@ class Prepared:
     """How many of them are followed by a learnt stop token."""
     too_long: int
     """CUT or TRUNCATE."""
-
-    def content_hash(self) -> int:
-        """64-bit hash of the text: the same wherever the sample stands and whatever the layout."""
-        return int.from_bytes(hashlib.blake2b(self.text.encode("utf-8"), digest_size=8).digest(), "little")
+    content_hash: int = 0
+    """64-bit hash of the sample itself: the same wherever it stands, and with any tokenizer, template or layout."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ class Encoder:
             prepared.text.encode("utf-8")
         except UnicodeEncodeError as err:
             raise RowError(f"the text has half a surrogate pair at character {err.start}: not valid Unicode") from err
-        return prepared
+        content = json.dumps(vars(sample), sort_keys=True, default=str).encode("utf-8")
+        hashed = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        return replace(prepared, content_hash=hashed)
 
     def _prepare(self, sample: Sample) -> Prepared:
         ends = int(self._info.eos_id is not None)

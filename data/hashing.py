@@ -7,6 +7,7 @@ import json
 import os
 import time
 import uuid
+import warnings
 
 from data.peers import Peers
 
@@ -36,10 +37,9 @@ def hash_files(paths: list[str], cache_dir: str, peers: Peers) -> list[str]:
     mine = unknown[peers.rank :: peers.world]
     for part in peers.run(lambda: {index: hash_file(paths[index]) for index in mine}):
         known.update(part)
-    fresh = [index for index in unknown if time.time_ns() - stats[index][1] > SETTLED_NS]
-    if fresh and peers.rank == 0:
-        entries = {os.path.abspath(paths[index]): (*stats[index], known[index]) for index in fresh}
-        _write_memo(cache_dir, {**_read_memo(cache_dir), **entries})
+    if unknown:
+        entries = {os.path.abspath(paths[index]): (*stats[index], known[index]) for index in unknown}
+        peers.from_first(lambda: _keep(cache_dir, entries))
     return [known[index] for index in range(len(paths))]
 
 
@@ -64,6 +64,17 @@ def _read_memo(cache_dir: str) -> Memo:
     except (FileNotFoundError, ValueError):
         return {}  # no memo, or a damaged one: files are hashed again
     return memo if isinstance(memo, dict) else {}
+
+
+def _keep(cache_dir: str, entries: Memo) -> None:
+    """Add what has settled to the memo; without a memo the next start is only slower, so that is worth a warning."""
+    now = time.time_ns()
+    settled = {path: entry for path, entry in entries.items() if now - entry[1] > SETTLED_NS}
+    try:
+        if settled:
+            _write_memo(cache_dir, {**_read_memo(cache_dir), **settled})
+    except OSError as err:
+        warnings.warn(f"data.cache_dir={cache_dir}: content hashes cannot be kept ({err})", stacklevel=2)
 
 
 def _write_memo(cache_dir: str, memo: Memo) -> None:

@@ -90,12 +90,8 @@ def _folder_files(folder: str, source: SourceConfig, key: str) -> list[SourceFil
         return _saved_dict(folder, key)
     if os.path.isfile(os.path.join(folder, "state.json")):
         return _saved_dataset(folder, key)
-    names = sorted(
-        os.path.relpath(os.path.join(root, name), folder)
-        for root, folders, found in os.walk(folder, followlinks=True)
-        for name in found
-        if not name.startswith(".") and "/." not in f"/{os.path.relpath(root, folder)}/".replace("/./", "/")
-    )
+    found = [os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
+    names = sorted(name for name in (os.path.relpath(path, folder) for path in found) if not _hidden(name))
     if source.format != "text":
         unknown = [name for name in names if kind_of_suffix(name) is None]
         names = [name for name in names if kind_of_suffix(name) is not None]
@@ -105,6 +101,10 @@ def _folder_files(folder: str, source: SourceConfig, key: str) -> list[SourceFil
     if not names:
         return _nothing(source, key)
     return [_one_file(os.path.join(folder, name), name, source, key, alone=False) for name in names]
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split(os.sep))
 
 
 def _one_file(path: str, name: str, source: SourceConfig, key: str, alone: bool) -> SourceFile:
@@ -137,11 +137,10 @@ def _saved_dict(folder: str, key: str) -> list[SourceFile]:
             f"{key}.path={folder} holds a dataset with the splits {', '.join(splits) or '(none)'}; "
             f"name one: {key}.path={os.path.join(folder, 'train' if 'train' in splits else (splits or ['SPLIT'])[0])}"
         )
-    channel = os.path.basename(os.path.abspath(folder))
-    return _saved_dataset(os.path.join(folder, splits[0]), key, channel)
+    return _saved_dataset(os.path.join(folder, splits[0]), key)
 
 
-def _saved_dataset(folder: str, key: str, channel: str | None = None) -> list[SourceFile]:
+def _saved_dataset(folder: str, key: str) -> list[SourceFile]:
     """Arrow files of a dataset saved with `save_to_disk`, as its state.json lists them."""
     try:
         with open(os.path.join(folder, "state.json"), encoding="utf-8") as stream:
@@ -156,7 +155,9 @@ def _saved_dataset(folder: str, key: str, channel: str | None = None) -> list[So
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         raise ValueError(f"{key}.path={folder}: its state.json names {missing[0]}, which is not there; copy it again")
-    channel = channel or os.path.basename(os.path.abspath(folder))
+    parent = os.path.dirname(os.path.abspath(folder))
+    is_split = os.path.isfile(os.path.join(parent, "dataset_dict.json"))  # then its name is only train or test
+    channel = os.path.basename(parent if is_split else os.path.abspath(folder))
     return [SourceFile(os.path.join(folder, name), "arrow", name, channel) for name in names]
 
 

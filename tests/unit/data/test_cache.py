@@ -148,6 +148,35 @@ def test_a_file_that_just_changed_is_hashed_but_not_remembered(write_jsonl, tmp_
     assert memo[path] == [os.path.getsize(path), 10**18, digest[0]]
 
 
+def test_a_memo_that_cannot_be_written_is_told_and_stops_no_rank(
+    write_jsonl, tmp_path: Path, on_ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl("a.jsonl", ROWS)
+    os.utime(path, (1e9, 1e9))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(hashing.os, "replace", refuse)
+    with pytest.warns(UserWarning, match="content hashes cannot be kept"):
+        digests = on_ranks(2, lambda peers: hashing.hash_files([path], f"{tmp_path}/cache", peers))
+    assert digests == [[hashing.hash_file(path)]] * 2
+
+
+def test_a_cache_folder_that_one_rank_does_not_see(
+    write_jsonl, tmp_path: Path, on_ranks, tokenizer_folder: str
+) -> None:
+    """As on two machines with a local disk each."""
+    source = SourceConfig(write_jsonl("a.jsonl", ROWS))
+
+    def build(peers: Peers) -> TokenCache:
+        maker = Maker(tokenizer_folder, None, "assistant")
+        return open_cache(source, "k", f"{tmp_path}/machine{peers.rank}", maker, peers)
+
+    for error in on_ranks(2, build):
+        assert isinstance(error, ValueError) and "is not the same folder on every rank" in str(error)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "manifest", "missing", "version"])
 def test_a_damaged_cache_is_not_trusted(write_jsonl, opened, damage: str) -> None:
     path = write_jsonl("a.jsonl", ROWS)

@@ -108,6 +108,9 @@ def test_held_out_samples_are_never_trained_on_and_survive_reordering(write_json
         SourceConfig(write_jsonl("b.jsonl", CHATS[::-1] + [chat("new", "row")] * 5)), eval_fraction=0.3, seed=9
     )
     assert set(held) <= {doc[0] for doc in documents(other.eval_batches(0, 1, 2))}
+    (Path(path).parent / "t.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    shorter = make(SourceConfig(path), eval_fraction=0.3, chat_template=f"{Path(path).parent}/t.jinja")
+    assert shorter.held_out.sample_P.tolist() == data.held_out.sample_P.tolist()
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 1), (2, 2), (3, 1), (16, 4)])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,25 @@ def test_dataset_dict_asks_for_a_split(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"splits test, train; name one: k\.path=.*/both/train"):
         list_files(SourceConfig(str(tmp_path / "both")), "k")
     assert read_all(str(tmp_path / "both" / "test")) == ROWS
+    assert {file.channel for file in list_files(SourceConfig(str(tmp_path / "both" / "test")), "k")} == {"both"}
+    shutil.rmtree(tmp_path / "both" / "test")
+    assert read_all(str(tmp_path / "both")) == ROWS
+
+
+def test_a_selection_kept_as_indices_is_refused(tmp_path: Path) -> None:
+    save_to_disk(tmp_path / "saved", ROWS)
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    state["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="flatten_indices"):
+        read_all(str(tmp_path / "saved"))
 
 
 def test_files_of_other_kinds_in_a_folder_are_told(tmp_path: Path, write_jsonl) -> None:
     write_jsonl("mix/a.jsonl", ROWS)
     (tmp_path / "mix" / "README.html").write_text("x")
+    write_jsonl("mix/.hidden/b.jsonl", ROWS)
+    write_jsonl("mix/.c.jsonl", ROWS)
     with pytest.warns(UserWarning, match=r"ignored 1 files of other kinds \(README.html\)"):
         assert read_all(str(tmp_path / "mix")) == ROWS
 
