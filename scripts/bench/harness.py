@@ -107,8 +107,9 @@ class Running:
         """Let the contender make one turn's steps."""
         for line in self._lines:
             line.send("go")
-        turns = [self._hear(line, TURN_TIMEOUT_S) for line in self._lines]
-        assert all(isinstance(turn, Turn) for turn in turns), turns
+        answers = [self._hear(line, TURN_TIMEOUT_S) for line in self._lines]
+        turns = [answer for answer in answers if isinstance(answer, Turn)]
+        assert len(turns) == len(answers), answers
         return sorted(turns, key=lambda turn: turn.rank)
 
     def stop(self) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from parallel.engine import Engine, StepResult
-from parallel.groups import LauncherRanks
 from scripts.bench import workload
+from scripts.bench.harness import ROOT
 from scripts.bench.turns import Schedule
-from trainer.door import load
 from trainer.logging.log import NullLog, RunLog
-from trainer.overrides import CONF
 
 
 class Counter(Protocol):
@@ -49,19 +46,15 @@ def overrides(data: Path, run_dir: str, schedule: Schedule) -> list[str]:
 
 
 def train(command: Sequence[str], turns: Counter) -> None:
-    """Compose ``command`` and run it, reporting to ``turns`` after each step has been logged.
+    """Run ``train.py`` in this process, reporting to ``turns`` after each step has been logged.
 
     Args:
         command: Hydra overrides, as on ``train.py``'s command line.
         turns: hears of every step.
     """
-    from trainer.run import run
-
-    ranks = LauncherRanks.read()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=list(command))
     _count_steps(turns)
-    run(load(cfg), OmegaConf.to_yaml(cfg, resolve=True), ranks)
+    sys.argv = [str(ROOT / "train.py"), *command]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _count_steps(turns: Counter) -> None:

@@ -18,6 +18,7 @@ from scripts.bench.harness import ROOT, Contender, append_results, compete, tabl
 from scripts.bench.turns import Schedule
 
 PLAIN = Contender("plain", "scripts.bench.peers.plain_loop")
+KEEPING = Contender("plain, memory kept", PLAIN.module, ("--keep-freed-memory",))
 LOOM = "scripts.bench.loom_pretrain"
 OURS = [
     Contender("loom 1", LOOM, ("--zero", "0")),
@@ -43,8 +44,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps of one turn")
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "bench" / "pretrain.jsonl")
     args = parser.parse_args()
-    known = [DDP, *OURS, *PEERS]
-    chosen = [c for c in known if c.name in args.only] if args.only else [DDP, *OURS, *(PEERS if args.peers else [])]
+    known = [KEEPING, DDP, *OURS, *PEERS]
+    chosen = (
+        [c for c in known if c.name in args.only]
+        if args.only
+        else [KEEPING, DDP, *OURS, *(PEERS if args.peers else [])]
+    )
     if args.only and len(chosen) < len(args.only):
         parser.error(f"--only knows: {', '.join(c.name for c in known)}")
     # ZeRO-3 records which layer follows which in its first step, so the warm-up is three steps long.
@@ -57,4 +62,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as failure:
+        sys.exit(str(failure))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from scripts.bench import workload
 from scripts.bench.peers.hf_trainer import TellTurns, trainer_arguments
