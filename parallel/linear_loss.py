@@ -37,7 +37,8 @@ def _add_weight_grad(grad_VD: torch.Tensor, dlogits_CV: torch.Tensor, hidden_CD:
     rows = max(1, _BLOCK // grad_VD.shape[1])
     for start in range(0, grad_VD.shape[0], rows):
         block = dlogits_CV[:, start : start + rows]
-        grad_VD[start : start + rows] += product_nt_fp32(block.t(), hidden_CD.t())
+        # The narrow operand first, see `weight_gradient`.
+        grad_VD[start : start + rows] += product_nt_fp32(hidden_CD.t(), block.t()).t()
 
 
 class _LinearLoss(torch.autograd.Function):

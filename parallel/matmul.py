@@ -11,13 +11,28 @@ from typing import Any
 import torch
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+_SMALL = 4
+"""Products thinner than this are faster in `mm`."""
 
 
 def product_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a @ b.T` for `a [M, K]`, `b [N, K]` of any strides -> [M, N]."""
-    if _ONEDNN and a.dtype is torch.float32 and a.device.type == "cpu" and a.numel() and b.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return torch.mm(a, b.t())
+    small = min(a.shape[0], b.shape[0], a.shape[1]) < _SMALL
+    if small or not _ONEDNN or a.dtype is not torch.float32 or a.device.type != "cpu":
+        return torch.mm(a, b.t())
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()  # for a second operand with gaps between rows oneDNN has only a loop, 1000 times slower
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`grad.T @ x` for `grad [T, O]`, `x [T, I]` -> [O, I].
+
+    oneDNN copies its first operand when that is a transposed view, so the narrower of the two goes first.
+    """
+    if grad.shape[1] > 2 * x.shape[1]:
+        return product_nt(x.t(), grad.t()).t().contiguous()
+    return product_nt(grad.t(), x.t())
 
 
 def product_nt_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -78,7 +93,7 @@ class _Linear(torch.autograd.Function):
             grad_w = None
             if need_w:
                 x = ctx.again(*kept).to(ctx.dtype) if ctx.again else kept[0]
-                grad_w = product_nt(grad_c.t(), x.t()).to(weight.dtype)
+                grad_w = weight_gradient(grad_c, x).to(weight.dtype)
             grad_b = grad.sum(0, dtype=torch.float32).to(weight.dtype) if need_b else None
         return grad_x, grad_w, grad_b, grad if need_r else None, None
 

@@ -74,7 +74,8 @@ REPLICATED = Shard()
 
 def set_layout(param: torch.nn.Parameter, shard: Shard, init: str) -> None:
     """Write on a parameter how it is cut (`param.shard`) and how it is drawn (`param.init`, see `models/init.py`)."""
-    param.__dict__.update(shard=shard, init=init)
+    for key, value in (("shard", shard), ("init", init)):
+        setattr(param, key, value)
 
 
 def shard_of(param: torch.Tensor) -> Shard:

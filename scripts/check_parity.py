@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,7 +33,7 @@ TEXTS = (
 )
 
 
-def load_ours(folder: str, attention: str) -> Decoder:
+def load_ours(folder: str, attention: Any) -> Decoder:
     """The decoder with the folder's weights, fp32 on the CPU."""
     cfg = config_from_hf_folder(folder)
     source = HFSource(folder, cfg)
@@ -55,7 +56,7 @@ class Row:
 
 
 @torch.no_grad()
-def compare(folder: str, attention: str) -> list[Row]:
+def compare(folder: str, attention: Any) -> list[Row]:
     """Run all texts through both, alone and packed."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

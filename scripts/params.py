@@ -34,7 +34,7 @@ def load_model(name: str, overrides: list[str]) -> ModelConfig:
     problems: list[Problem] = []
     cfg = typed_build(ModelConfig, OmegaConf.to_container(merged), "model", problems, {})
     if cfg is not None:
-        problems += [Problem(f"model.{key}", *rest) for key, *rest in cfg.problems()]
+        problems += [Problem(f"model.{key}", value, reason, way) for key, value, reason, way in cfg.problems()]
     if problems or cfg is None:
         raise ValueError(format_problems(problems))
     return cfg
@@ -42,7 +42,7 @@ def load_model(name: str, overrides: list[str]) -> ModelConfig:
 
 def count_by_part(cfg: ModelConfig) -> dict[str, int]:
     """Parameters of each part; a tied head counts once, as embedding."""
-    counts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    counts: dict[str, int] = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for name, param in build(cfg).named_parameters():
         words = name.split(".")
         norm = any(word == "norm" or word.endswith("_norm") for word in words)

@@ -4,6 +4,7 @@ A back end takes the fused q|k|v rows before rotation and returns the heads' out
 document never sees another: `eager` masks, the others run per document.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,13 +127,12 @@ def flash_kernel() -> Callable[..., torch.Tensor]:
         ValueError: the package is not installed.
     """
     try:
-        from flash_attn import flash_attn_varlen_func
+        return importlib.import_module("flash_attn").flash_attn_varlen_func
     except ImportError as err:
         raise ValueError(
             "engine.attention=flash_attn needs the package flash-attn, which is not installed here "
             f"({err}). Install it (pip install flash-attn, needs a CUDA GPU), or use engine.attention=sdpa."
         ) from err
-    return flash_attn_varlen_func
 
 
 BACK_ENDS: dict[str, Callable[[torch.Tensor, Packing, Heads], torch.Tensor]] = {

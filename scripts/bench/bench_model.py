@@ -8,30 +8,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models import FAMILIES, ModelConfig, RopeConfig, Runtime, build
+from models import FAMILIES, ModelConfig, Runtime, build
 from models.init import InitSource
 from parallel.materialise import materialise
 from parallel.sharding import SINGLE
+from scripts.params import load_model
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS, SEQ = 2, 512
 
 
-def bench_config() -> ModelConfig:
-    """The sizes in conf/model/bench_256.yaml."""
-    tree = OmegaConf.to_container(OmegaConf.load(ROOT / "conf/model/bench_256.yaml"))
-    assert isinstance(tree, dict)
-    sizes = {str(key): value for key, value in tree.items()}
-    return ModelConfig(**sizes | {"rope": RopeConfig(**sizes["rope"])})
-
-
-def ours(cfg: ModelConfig, recompute: str, chunk: int) -> Callable[[torch.Tensor], float]:
+def ours(cfg: ModelConfig, recompute: Any, chunk: int) -> Callable[[torch.Tensor], float]:
     """A training step of the decoder on tokens [rows, seq + 1]."""
     model = build(cfg, SINGLE, Runtime("sdpa", recompute, chunk))
     materialise(model, InitSource(cfg, 0), SINGLE, torch.device("cpu"))
@@ -77,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cfg = bench_config()
+    cfg = load_model("bench_256", [])
     steps = {"decoder": ours(cfg, args.recompute, args.chunk), "transformers": theirs(cfg)}
     if args.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

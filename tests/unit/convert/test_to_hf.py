@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_transformers_loads_it_with_equal_logits(tmp_path: Path, shard_bytes: in
     """fp32, 1e-5."""
     folder = export(tmp_path / "hf", CFG, weights(CFG), shard_bytes=shard_bytes)
     assert (folder / INDEX).is_file() == (shard_bytes == 2000)
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    theirs, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ours = build(CFG)
     materialise(ours, HFSource(folder, CFG), ALONE, torch.device("cpu"))
@@ -83,7 +85,7 @@ def test_tokenizer_and_generation_config_travel(tmp_path: Path) -> None:
     before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(folder)
     assert after("w1 w2 w3")["input_ids"] == before("w1 w2 w3")["input_ids"] == [1, 2, 3]
     assert after.chat_template == before.chat_template
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.eos_token_id == 39 and model.config.bos_token_id == 38
     assert model.generation_config.temperature == 0.5
     out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from models.blocks.pieces import QUERY_BLOCK, pieces_of
 from models.blocks.rope import Rope
 from models.config import ModelConfig
 
+BackEnd = Callable[[torch.Tensor, Packing, Heads], torch.Tensor]
 CPU = torch.device("cpu")
 LAYOUTS = [(0, 24), (0, 8, 16, 24), (0, 3, 11, 12, 24), (0, 5, 5, 24), (0, 700)]
 
@@ -34,14 +36,13 @@ def sdpa_public(qkv: torch.Tensor, packing: Packing, heads: Heads) -> torch.Tens
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 1, 4, 300, 1000])
 @pytest.mark.parametrize("borders", LAYOUTS)
-def test_equals_eager(borders: tuple[int, ...], window: int | None, groups: int, back_end: object) -> None:
+def test_equals_eager(borders: tuple[int, ...], window: int | None, groups: int, back_end: BackEnd) -> None:
     """Forward and gradients, fp32, 2e-5."""
     qkv, packing, heads = setting(borders, window, groups)
     seed = torch.randn(borders[-1], 32)
     found = []
     for run in (eager, back_end):
         leaf = qkv.clone().requires_grad_()
-        assert callable(run)
         out = run(leaf * 1.0, packing, heads)  # the back end may overwrite its input
         out.backward(seed)
         found.append((out, leaf.grad))
@@ -63,9 +64,8 @@ def test_eager_equals_a_plain_softmax() -> None:
 
 
 @pytest.mark.parametrize("back_end", [eager, sdpa, sdpa_public])
-def test_a_document_never_sees_another(back_end: object) -> None:
+def test_a_document_never_sees_another(back_end: BackEnd) -> None:
     qkv, packing, heads = setting((0, 10, 24), None, 2)
-    assert callable(back_end)
     before = back_end(qkv.clone(), packing, heads)
     changed = qkv.clone()
     changed[:10] += 5.0

@@ -20,6 +20,7 @@ def test_norm_gradients_in_fp64() -> None:
     expected = F.rms_norm(c, (24,), d, 1e-3)
     expected.backward(seed.double())
     for got, want in ((out, expected), (a.grad, c.grad), (b.grad, d.grad)):
+        assert got is not None
         torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
 

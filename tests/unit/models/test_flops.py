@@ -27,8 +27,8 @@ def test_step_equals_torch_counter_on_plain_matmuls() -> None:
     shapes = 3 * [(32, 64), (32, 32), (32, 96), (48, 32)]
     with FlopCounterMode(display=False) as counter:
         for inputs, outputs in shapes:
-            torch.empty(tokens, inputs) @ torch.empty(inputs, outputs)
-        torch.empty(6, 32) @ torch.empty(32, 100)
+            torch.mm(torch.empty(tokens, inputs), torch.empty(inputs, outputs))
+        torch.mm(torch.empty(6, 32), torch.empty(32, 100))
     attention = 12.0 * 4 * 8 * 3 * (attended_pairs(4, None) + attended_pairs(6, None))
     assert step_flops(CFG, [4, 6], 6) == 3 * counter.get_total_flops() + attention
 

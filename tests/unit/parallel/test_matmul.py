@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from parallel.matmul import Again, linear, product_nt, product_nt_fp32
 
 
-@pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
+@pytest.mark.parametrize("layout", ["nt", "nn", "tn", "gaps", "thin"])
 def test_product_of_any_strides(layout: str) -> None:
     """fp64 reference; 1e-5 of the largest value."""
     a, b = torch.randn(33, 47), torch.randn(21, 47)
@@ -15,6 +15,10 @@ def test_product_of_any_strides(layout: str) -> None:
         b = torch.randn(47, 21).t()
     if layout == "tn":
         a, b = torch.randn(47, 33).t(), torch.randn(47, 21).t()
+    if layout == "gaps":
+        a, b = torch.randn(33, 60)[:, 5:52], torch.randn(21, 60)[:, 5:52]
+    if layout == "thin":
+        a, b = torch.randn(1, 47), torch.randn(2, 47)
     expected = a.double() @ b.double().t()
     torch.testing.assert_close(product_nt(a, b).double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
@@ -41,7 +45,9 @@ def test_linear_equals_torch(bias: bool, residual: bool) -> None:
     out = linear(x, w, b, r if residual else None)
     out.backward(seed)
     twins = [leaf.detach().double().requires_grad_() if leaf is not None else None for leaf in leaves]
-    expected = F.linear(twins[0], twins[1], twins[2]) + (twins[3] if residual else 0)
+    tx, tw, tb, tr = twins
+    assert tx is not None and tw is not None and tr is not None
+    expected = F.linear(tx, tw, tb) + (tr if residual else 0)
     expected.backward(seed.double())
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
     for leaf, twin in zip(leaves[: 4 if residual else 3], twins, strict=False):
@@ -64,6 +70,7 @@ def test_input_made_again_gives_the_same_gradient() -> None:
     out = linear(base * 2, weight, again=Again(fn, (base,)))
     assert not calls
     out.sum().backward()
+    assert weight.grad is not None and expected is not None
     assert calls == [1] and torch.equal(weight.grad, expected)
 
 

@@ -66,7 +66,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def worker(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(run(Axis(2, rank, dist.group.WORLD)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
