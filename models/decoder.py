@@ -95,6 +95,7 @@ class Decoder(nn.Module):
                 hidden_TD = layer(hidden_TD, packing)
         hidden_TD, _ = self.norm(hidden_TD)
         if targets_T is not None:
+            assert self.cfg.head == "lm", "targets are tokens: a scalar head has no loss of its own"
             return self.head(hidden_TD, targets_T, loss_weight)
         return self.head(hidden_TD) if output == "head" else hidden_TD
 
