@@ -6,9 +6,13 @@ One process, one thread, fp32; the model of conf/model/bench_256.yaml, sequence 
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
