@@ -116,7 +116,9 @@ class Engine:
             ValueError: the global batch has nothing to learn from.
         """
         if count <= 0:
-            raise ValueError("this global batch has no valid token on any rank: the loss would be 0 / 0. Check the data gate's table.")
+            raise ValueError(
+                "this global batch has no valid token on any rank: its loss is 0 / 0. Check the data gate's table."
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         scale = self.loss_scale.value
@@ -154,7 +156,8 @@ class Engine:
         """Unscale, measure and clip whole gradients (ZeRO 0, where every rank holds all of them after the reduce)."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if scale != 1.0:
-            torch._foreach_mul_(grads, 1.0 / scale)
+            for grad in grads:
+                grad.mul_(1.0 / scale)
         norm = torch.nn.utils.get_total_norm(grads)
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
@@ -185,6 +188,10 @@ class Engine:
             return self._whole_fragments(once)
         return self._zero3_fragments() if self.cfg.zero == 3 else self._zero12_fragments()
 
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        """Parameters with the attributes DeepSpeed puts on them."""
+        return self.model.named_parameters()
+
     def _whole_fragments(self, once: bool) -> Iterator[Fragment]:
         # Replicated state: to save, the parameters are dealt out over the ranks.
         for i, (name, param) in enumerate(self.model.named_parameters()):
@@ -194,7 +201,7 @@ class Engine:
 
     def _zero12_fragments(self) -> Iterator[Fragment]:
         flats = self.ds.optimizer.single_partition_of_fp32_groups
-        for name, param in self.model.named_parameters():
+        for name, param in self._named():
             mapping = param._hp_mapping
             if mapping is None:
                 continue
@@ -206,7 +213,7 @@ class Engine:
     def _zero3_fragments(self) -> Iterator[Fragment]:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        for name, param in self.model.named_parameters():
+        for name, param in self._named():
             start = self.groups.dp.rank * param.ds_tensor.ds_numel
             numel = min(param.ds_tensor.ds_numel, param.ds_numel - start)  # the last rank's share ends in padding
             if numel > 0:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from parallel.host_memory import keep_freed_memory
 from parallel.sharding import Axis
@@ -93,9 +94,12 @@ def build_groups(ranks: LauncherRanks, timeout_s: float) -> Groups:
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it, also for one process
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        rendezvous = {"init_method": "env://"} if ranks.world > 1 else {"store": dist.HashStore()}
         dist.init_process_group(
-            backend, rank=ranks.rank, world_size=ranks.world, timeout=timedelta(seconds=timeout_s), **rendezvous
+            backend,
+            store=distributed_c10d.HashStore() if ranks.world == 1 else None,  # else the launcher's rendezvous
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timedelta(seconds=timeout_s),
         )
     dp = Axis(size=ranks.world, rank=ranks.rank, group=dist.group.WORLD)
     return Groups(rank=ranks.rank, world=ranks.world, device=device, dp=dp)

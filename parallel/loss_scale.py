@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018): grow while gradients stay finite, halve when they do not."""
+"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018): grow while gradients are finite, halve when not."""
 
 from __future__ import annotations
 

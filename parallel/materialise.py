@@ -32,10 +32,12 @@ def fill_(param: nn.Parameter, whole: torch.Tensor, tp: Axis, device: torch.devi
     assert local.shape == param.shape, f"source gave {tuple(local.shape)} for a parameter of shape {tuple(param.shape)}"
     fresh = nn.Parameter(local.contiguous(), requires_grad=param.requires_grad)
     torch.utils.swap_tensors(param, fresh)
-    param.__dict__.update(attributes)
+    vars(param).update(attributes)
 
 
-def materialise(model: nn.Module, source: TensorSource, tp: Axis, device: torch.device, zero_config: Any = None) -> None:
+def materialise(
+    model: nn.Module, source: TensorSource, tp: Axis, device: torch.device, zero_config: Any = None
+) -> None:
     """Fill every parameter of ``model`` from ``source``.
 
     With ``zero_config`` (a DeepSpeed dictionary with ZeRO-3) each leaf module is partitioned as soon as it is filled,

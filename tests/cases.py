@@ -69,7 +69,10 @@ def my_micro_batches(step: int, groups: Groups, micro_rows: int) -> list[MicroBa
 
 def whole(engine: Engine, groups: Groups, kind: str) -> dict[str, torch.Tensor]:
     """Every parameter's flat ``master`` or optimizer state, joined from all ranks' fragments."""
-    mine = [(f.name, f.start, (f.master if kind == "master" else f.states[kind]).detach().clone()) for f in engine.fragments()]
+    mine = [
+        (f.name, f.start, (f.master if kind == "master" else f.states[kind]).detach().clone())
+        for f in engine.fragments()
+    ]
     gathered = groups.all_gather(mine)
     joined: dict[str, torch.Tensor] = {}
     for name, param in engine.model.named_parameters():
@@ -80,12 +83,12 @@ def whole(engine: Engine, groups: Groups, kind: str) -> dict[str, torch.Tensor]:
 
 
 def train(
-    zero: int,
+    zero: Any,
     micro_rows: int,
     steps: int = 4,
     *,
-    precision: str = "fp32",
-    recompute: str = "none",
+    precision: Any = "fp32",
+    recompute: Any = "none",
     offload: bool = False,
     clip: float = 1.0,
     tied: bool = False,
@@ -134,7 +137,7 @@ def relative(a: Sequence[float], b: Sequence[float]) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
-def accumulate_equal(zero: int, times: int) -> float:
+def accumulate_equal(zero: Any, times: int) -> float:
     """Distance between the bf16 gradient of one micro-batch and of the same one accumulated ``times`` times."""
     groups = here()
     optim = OptimConfig(lr=0.0, clip=0.0)
@@ -147,3 +150,35 @@ def accumulate_equal(zero: int, times: int) -> float:
         return whole(engine, groups, "exp_avg")
 
     return distance(gradient(1), gradient(times))
+
+
+def run_config(words: list[str]) -> None:
+    """``train.py`` with these command-line words, inside this process of the pool."""
+    from hydra import compose, initialize_config_dir
+
+    from trainer.door import load
+    from trainer.run import run
+
+    conf = Path(__file__).resolve().parents[1] / "conf"
+    groups = here()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        cfg = compose("config", overrides=words)
+    run(load(cfg, groups.world), LauncherRanks(groups.rank, groups.world, groups.rank))
+
+
+def checkpoint_logits(run: str, ids_T: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [T, V] of our own model with the weights of a run's latest checkpoint."""
+    from models import build
+    from parallel.materialise import materialise
+    from parallel.sharding import Axis
+    from trainer import typed
+
+    folder = checkpoint.find_latest(Path(run) / "checkpoints")
+    assert folder is not None
+    saved = checkpoint.Checkpoint(folder)
+    cfg = typed.build(ModelConfig, saved.state["model"], "model", [], {})
+    assert cfg is not None
+    model = build(cfg)
+    materialise(model, saved, Axis(), torch.device("cpu"))
+    with torch.no_grad():
+        return model(ids_T, torch.arange(len(ids_T)), [0, len(ids_T)], output="head")

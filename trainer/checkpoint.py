@@ -82,9 +82,10 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], groups:
         if groups.is_main:
             shutil.rmtree(building, ignore_errors=True)
         last = find_latest(folder)
+        earlier = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise ValueError(
             f"checkpoint of step {step} could not be written to {folder}: {problems[0]}. "
-            f"Nothing saved before was touched; {f'the last good checkpoint is {last}' if last else 'there is no earlier checkpoint'}. "
+            f"Nothing saved before was touched; {earlier}. "
             "Free space or set run.dir to another disk, then start again with the same run.name to resume."
         )
     if groups.is_main:
@@ -125,7 +126,9 @@ def _complete(building: Path, final: Path, step: int, engine: Engine, state: dic
         assert held == whole, f"{name}: the ranks hold {held} of {whole} elements"
     training = {"optimizer_steps": engine.optimizer_steps, "loss_scale": engine.loss_scale.state()}
     try:
-        write_atomic(building / STATE, json.dumps({"format": FORMAT, "step": step, **state, **training, "tensors": names}))
+        write_atomic(
+            building / STATE, json.dumps({"format": FORMAT, "step": step, **state, **training, "tensors": names})
+        )
         shutil.rmtree(final, ignore_errors=True)
         os.replace(building, final)
         write_atomic(final.parent / "latest", final.name + "\n")
@@ -153,7 +156,9 @@ class Checkpoint:
         try:
             self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder} is not a Loom checkpoint: {error}. Name a step_* folder with a {STATE}.") from error
+            raise ValueError(
+                f"{folder} is not a Loom checkpoint: {error}. Name a step_* folder with a {STATE}."
+            ) from error
         if self.state["format"] != FORMAT:
             raise ValueError(f"{folder} has checkpoint format {self.state['format']}; this version reads {FORMAT}.")
         self._files: dict[int, Any] = {}
@@ -164,7 +169,9 @@ class Checkpoint:
             try:
                 self._files[rank] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"cannot read {path}: {error}. Resume from an earlier checkpoint with run.resume=PATH.") from error
+                raise ValueError(
+                    f"cannot read {path}: {error}. Resume from an earlier checkpoint with run.resume=PATH."
+                ) from error
         return self._files[rank]
 
     def names(self) -> list[str]:

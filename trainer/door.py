@@ -146,3 +146,8 @@ def _model_of_folder(init_from: object, given: Mapping[object, object], problems
             value = {**theirs[str(name)], **value}  # model.rope.factor=2 keeps the folder's theta
         theirs[str(name)] = value  # an unknown name goes on to the typed door, which refuses it with a suggestion
     return theirs
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The whole typed config as YAML, as the run folder keeps it (sizes read from a folder included)."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))

@@ -9,10 +9,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PEER_GONE = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|NCCL.*(remote|abort)|process group.*abort|[Tt]imed out")
+PEER_GONE = re.compile(
+    r"[Cc]onnection (closed|reset)|Broken pipe|NCCL.*(remote|abort)|process group.*abort|[Tt]imed out"
+)
 """What a collective says when another rank has left; the cause is that rank's message, not this one."""
 
-MAIN_FIRST_S = 1.0
+MAIN_FIRST_S = 3.0
 """A mistake in the config is found by every rank; the launcher ends the others while they wait this long."""
 
 CAUSE_FIRST_S = 5.0

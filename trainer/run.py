@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 import data.pipeline
@@ -35,6 +34,7 @@ from parallel.groups import Groups, LauncherRanks, build_groups
 from parallel.materialise import TensorSource
 from trainer import checkpoint, provenance
 from trainer.config import RunConfig, check, format_problems, ignored
+from trainer.door import to_yaml
 from trainer.logging.log import Log, NullLog, RunLog
 from trainer.loop import Progress, Trainer
 from trainer.optim import OptimConfig, decay_groups
@@ -66,7 +66,7 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
     stage = build_stage(cfg.stage, len(corpus.channels))
     with _open_log(cfg, groups, run_dir, total_steps, progress.step) as log:
         if groups.is_main:
-            provenance.write(run_dir, OmegaConf.to_yaml(dataclasses.asdict(cfg)), stage.contract, groups.world)
+            provenance.write(run_dir, to_yaml(cfg), stage.contract, groups.world)
             _introduce(cfg, log, groups, run_dir, corpus, stage.contract, saved)
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
@@ -129,7 +129,9 @@ def _run_dir(cfg: RunConfig, groups: Groups) -> Path:
         try:
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"run.dir={cfg.run.dir}: cannot write there: {error}. Set run.dir to a writable folder.") from error
+            raise ValueError(
+                f"run.dir={cfg.run.dir}: cannot write there: {error}. Set run.dir to a writable folder."
+            ) from error
         for pattern in ("*.building", "*.deleting", "*.tmp"):
             for leftover in (run_dir / "checkpoints").glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
@@ -192,8 +194,8 @@ def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
             report.write_bad_rows(str(run_dir / "bad_rows.jsonl"))
     if corpus.max_token_id >= cfg.model.vocab_size:
         raise ValueError(
-            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer or cfg.init_from} makes ids "
-            f"up to {corpus.max_token_id} on this data, which the embedding does not hold. Take the tokenizer that "
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer or cfg.init_from} makes "
+            f"ids up to {corpus.max_token_id} on this data, which the embedding does not hold. Take the tokenizer that "
             f"belongs to the model, or a model with model.vocab_size={corpus.max_token_id + 1} or more."
         )
     return corpus
@@ -211,20 +213,24 @@ def _introduce(
     cfg: RunConfig, log: Log, groups: Groups, run_dir: Path, corpus: TrainingData, contract: str, saved: Any
 ) -> None:
     """What the user sees before step 1."""
-    accumulation = cfg.data.global_batch_rows // (cfg.data.micro_batch_rows * groups.world)
+    rows, micro = cfg.data.global_batch_rows, cfg.data.micro_batch_rows
     log.note(f"run folder {run_dir}")
     for warning in ignored(cfg):
         log.note(f"note: {warning}")
     log.note(str(corpus.report))
     log.note(contract)
     log.note(
-        f"{groups.world} process(es) on {groups.device.type}, ZeRO-{cfg.engine.zero}, {cfg.engine.precision}; global batch "
-        f"{cfg.data.global_batch_rows} rows = {groups.world} x {cfg.data.micro_batch_rows} x {accumulation} accumulated"
+        f"{groups.world} process(es) on {groups.device.type}, ZeRO-{cfg.engine.zero}, {cfg.engine.precision}; "
+        f"global batch {rows} rows = {groups.world} x {micro} x {rows // (micro * groups.world)} accumulated"
     )
     if saved:
-        log.note(f"resuming from {saved.folder} (step {saved.state['step']}, written by {saved.state['world']} process(es))")
+        log.note(
+            f"resuming from {saved.folder} (step {saved.state['step']}, written by {saved.state['world']} process(es))"
+        )
         if saved.state["data"] != corpus.fingerprint:
-            log.note("note: the data or their order changed since that checkpoint; samples may repeat or be passed over")
+            log.note(
+                "note: the data or their order changed since that checkpoint; samples may repeat or be passed over"
+            )
 
 
 def _save(

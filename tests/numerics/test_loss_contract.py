@@ -11,7 +11,6 @@ from parallel.groups import Groups
 from parallel.materialise import materialise
 from parallel.sharding import Axis
 from tests import cases
-from tests.pool import Pool
 
 CUTS = [  # (processes, rows of a micro-batch): 8 rows a step, accumulation follows
     pytest.param(1, 8, id="one batch"),
@@ -42,7 +41,7 @@ def plain_reference(steps: int) -> dict:
         loss = torch.nn.functional.cross_entropy(logits.double(), batch.targets_T)  # mean over targets != -100
         loss.backward()
         if step == 0:
-            out["grads"] = {n: p.grad.flatten().clone() for n, p in model.named_parameters()}
+            out["grads"] = {n: p.grad.flatten().clone() for n, p in model.named_parameters() if p.grad is not None}
         out["norm"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         for group in adamw.param_groups:
             group["lr"] = cases.OptimConfig(lr=1e-2).lr_at(step, 100)
@@ -101,7 +100,7 @@ def test_tied_embeddings_train_alike_at_any_stage(pool, zero: int) -> None:
     assert cases.distance(one["weights"], two["weights"]) <= 1e-5
 
 
-def test_channels_are_token_exact_at_any_layout(pool: Pool) -> None:
+def test_channels_are_token_exact_at_any_layout(pool) -> None:
     """Losses by channel do not depend on the cut, a channel may be missing on a rank and another may appear late."""
     one, two, four = (pool(n).run(cases.train, 1, 1)[0]["metrics"] for n in (1, 2, 4))
     assert "channel/late/loss" not in one[0] and "channel/late/loss" in one[2]
@@ -112,5 +111,8 @@ def test_channels_are_token_exact_at_any_layout(pool: Pool) -> None:
         names = [n for n in cases.NAMES if f"channel/{n}/loss" in a]
         total = sum(a[f"channel/{n}/loss"] * a[f"channel/{n}/tokens"] for n in names)
         assert total / a["train/tokens"] == pytest.approx(a["train/loss"], rel=1e-12)
-        expected = sum(b.num_targets for b in cases.my_micro_batches(one.index(a), cases.Groups(0, 1, torch.device("cpu"), Axis()), 8))
+        expected = sum(
+            b.num_targets
+            for b in cases.my_micro_batches(one.index(a), cases.Groups(0, 1, torch.device("cpu"), Axis()), 8)
+        )
         assert a["train/tokens"] == expected
