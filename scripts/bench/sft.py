@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round, to see that everything runs")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps of one turn; lengths differ, so take several")
+    parser.add_argument("--steps", type=int, default=2, help="steps of one turn; lengths differ, so take several")
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "bench" / "sft.jsonl")
     args = parser.parse_args()
     schedule = Schedule(1, 1, 1) if args.quick else Schedule(2, args.rounds, args.steps)
