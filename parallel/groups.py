@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from parallel.host_memory import keep_freed_memory
 from parallel.sharding import Axis
@@ -96,7 +95,7 @@ def build_groups(ranks: LauncherRanks, timeout_s: float) -> Groups:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         dist.init_process_group(
             backend,
-            store=distributed_c10d.HashStore() if ranks.world == 1 else None,  # else the launcher's rendezvous
+            store=dist.HashStore() if ranks.world == 1 else None,  # else the launcher's rendezvous
             rank=ranks.rank,
             world_size=ranks.world,
             timeout=timedelta(seconds=timeout_s),
