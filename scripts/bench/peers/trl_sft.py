@@ -18,8 +18,10 @@ from scripts.bench.peers.hf_trainer import TellTurns, trainer_arguments
 from scripts.bench.turns import Turns, parse_args
 
 MICRO_BATCHES = 4
-"""Without packing: four micro-batches of two samples a step, which pad far less than one of eight would. With a mean near
-190 tokens a step then learns from about as many as a packed row holds."""
+"""Without packing: four micro-batches of two samples a step, which pad far less than one of eight would.
+
+With a mean near 190 tokens a step then learns from about as many as a packed row holds.
+"""
 
 
 class TellUsefulTokens(TellTurns):
