@@ -22,8 +22,8 @@ class EngineConfig:
     """Keep optimizer states and their update in host memory (ZeRO 1-3)."""
     loss_chunk: int | None = None
     """Tokens whose fp32 logits exist at the same time in the loss; null = as many as fit a fixed budget of memory."""
-    bucket_mib: int = 64
-    """Size of a gradient or parameter bucket on the wire, in MiB."""
+    bucket_mib: int | None = None
+    """Size of a gradient or parameter bucket on the wire, in MiB; null = 8 on a CPU, 128 on a GPU."""
 
     def problems(self) -> list[tuple[str, object, str, str]]:
         """Values wrong in themselves, as (key, value, reason, way out)."""
@@ -31,7 +31,7 @@ class EngineConfig:
         for key in ("loss_chunk", "bucket_mib"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                found.append((f"engine.{key}", value, "must be at least 1", f"leave it out or set engine.{key}=64"))
+                found.append((f"engine.{key}", value, "must be at least 1", f"engine.{key}=null"))
         if self.offload_optimizer and self.zero == 0:
             found.append(
                 (

@@ -86,7 +86,7 @@ class Engine:
     ):
         deepspeed = _import_deepspeed()
         self.model, self.cfg, self.clip, self.groups = model, cfg, clip, groups
-        config = ds_config(cfg, clip)
+        config = ds_config(cfg, clip, groups.device.type)
         materialise(model, source, groups.tp, groups.device, config if cfg.zero == 3 else None)
         root = model
         if cfg.precision != "fp32":
