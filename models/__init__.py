@@ -5,9 +5,9 @@ from pathlib import Path
 
 from models.config import ModelConfig, RopeConfig, Runtime
 from models.decoder import Decoder, build
-from models.families import FAMILIES
+from models.families import FAMILIES, problems
 
-__all__ = ["FAMILIES", "Decoder", "ModelConfig", "RopeConfig", "Runtime", "build", "config_from_hf_folder"]
+__all__ = ["FAMILIES", "Decoder", "ModelConfig", "RopeConfig", "Runtime", "build", "config_from_hf_folder", "problems"]
 
 
 def config_from_hf_folder(path: str | Path) -> ModelConfig:

@@ -70,12 +70,9 @@ class ModelConfig:
         """Rows of q, k and v in the fused projection."""
         return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
 
-    def problems(self) -> list[Problem]:
-        """Every size that cannot work, as (key, value, reason, way out)."""
-        from models.families import FAMILIES
-
-        found = self._size_problems() + self._rope_problems()
-        return found or FAMILIES[self.family].problems(self)
+    def size_problems(self) -> list[Problem]:
+        """Every size that cannot work in any family, as (key, value, reason, way out)."""
+        return self._size_problems() + self._rope_problems()
 
     def _size_problems(self) -> list[Problem]:
         sizes = (

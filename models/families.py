@@ -33,3 +33,8 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+
+
+def problems(cfg: ModelConfig) -> list[Problem]:
+    """Every setting that cannot work, as (key, value, reason, way out); the family is asked once the sizes are good."""
+    return cfg.size_problems() or FAMILIES[cfg.family].problems(cfg)

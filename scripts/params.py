@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import OmegaConf
 
 from models import ModelConfig, build, config_from_hf_folder
+from models import problems as model_problems
 from trainer.problems import Problem, format_problems, nearest
 from trainer.typed import build as typed_build
 
@@ -34,7 +35,7 @@ def load_model(name: str, overrides: list[str]) -> ModelConfig:
     problems: list[Problem] = []
     cfg = typed_build(ModelConfig, OmegaConf.to_container(merged), "model", problems, {})
     if cfg is not None:
-        problems += [Problem(f"model.{key}", value, reason, way) for key, value, reason, way in cfg.problems()]
+        problems += [Problem(f"model.{key}", value, reason, way) for key, value, reason, way in model_problems(cfg)]
     if problems or cfg is None:
         raise ValueError(format_problems(problems))
     return cfg

@@ -14,6 +14,7 @@ import torch
 
 from data.config import DataConfig
 from data.config import problems as data_problems
+from models import problems as model_problems
 from models.config import ModelConfig
 from parallel.config import EngineConfig
 from trainer.folders import folder_problem, nearby, other_model, tokenizer_problem
@@ -124,7 +125,7 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
 
 def own_problems(cfg: RunConfig) -> list[Problem]:
     """What each section says of its own values."""
-    rows = [(f"model.{key}", value, reason, way) for key, value, reason, way in cfg.model.problems()]
+    rows = [(f"model.{key}", value, reason, way) for key, value, reason, way in model_problems(cfg.model)]
     rows += data_problems(cfg.data)
     for section in (cfg.engine, cfg.optim, cfg.log, cfg.run):
         rows += section.problems()
