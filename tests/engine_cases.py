@@ -1,0 +1,247 @@
+"""What the pools run to test the engine from the outside, on the tiny model of ``tests.cases``."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.batch import Document, MicroBatch, collate
+from models import build
+from models.init import InitSource
+from parallel.config import EngineConfig
+from parallel.ds_config import ds_config
+from parallel.engine import Engine
+from parallel.groups import Groups
+from parallel.materialise import materialise
+from tests.cases import NAMES, TINY, here, my_micro_batches, whole
+from trainer.optim import OptimConfig, decay_groups
+from trainer.run import make_engine
+from trainer.stages.next_token import NextToken
+
+STAGE = NextToken(len(NAMES))
+OPTIM = OptimConfig(lr=1e-2, clip=0.0, eps=1e-4)
+Forward = Callable[[nn.Module, Any, float], Any]
+
+
+def tiny_engine(zero: Any, groups: Groups, clip: float = 0.0, **cfg: Any) -> Engine:
+    """The tiny model with the weights of seed 3."""
+    optim = OptimConfig(lr=OPTIM.lr, clip=clip, eps=OPTIM.eps)
+    return make_engine(TINY, EngineConfig(zero=zero, **cfg), optim, groups, InitSource(TINY, seed=3))
+
+
+def gradient(engine: Engine, groups: Groups) -> dict[str, torch.Tensor]:
+    """What AdamW saw in the first step: its first moment is then (1 - beta1) times the gradient."""
+    return {name: moment / (1 - OPTIM.betas[0]) for name, moment in whole(engine, groups, "exp_avg").items()}
+
+
+def documents(step: int, learn: bool) -> MicroBatch:
+    """Two documents of channel 0, all or nothing of them supervised."""
+    random = np.random.default_rng([11, step])
+    lengths = (17, 5)
+    docs = [Document(random.integers(0, TINY.vocab_size, size=n), np.full(n, learn), 0) for n in lengths]
+    return collate(docs)
+
+
+def step_on(engine: Engine, batches: list[MicroBatch], groups: Groups, forward: Forward = STAGE.forward) -> Any:
+    """One step on these micro-batches, counted over all ranks."""
+    (count,) = groups.sum([STAGE.count(batches)])
+    return engine.train_step(batches, forward, count, OPTIM.lr)
+
+
+def mute_micro_batch(zero: Any) -> dict[str, Any]:
+    """Rank 0 has three supervised micro-batches, any other rank (1 to 3 of two) one and two without a target."""
+    groups = here()
+    engine = tiny_engine(zero, groups)
+    if groups.world == 1:
+        batches = [documents(0, True), documents(1, True), documents(2, True), documents(3, True)]
+    elif groups.rank == 0:
+        batches = [documents(0, True), documents(1, True), documents(2, True)]
+    else:
+        batches = [documents(7, False), documents(3, True), documents(8, False)]
+    result = step_on(engine, batches, groups)
+    losses = torch.stack(groups.all_gather(torch.stack(result.metrics).sum(0))).sum(0)
+    return {"sums": losses, "gradient": gradient(engine, groups), "norm": result.grad_norm}
+
+
+def nothing_to_learn(zero: Any) -> tuple[str, bool]:
+    """A global batch without any target: what is said, and whether the weights stayed."""
+    groups = here()
+    engine = tiny_engine(zero, groups)
+    before = whole(engine, groups, "master")
+    try:
+        step_on(engine, [documents(groups.rank, False)], groups)
+    except ValueError as error:
+        after = whole(engine, groups, "master")
+        return str(error), all(torch.equal(before[name], after[name]) for name in before)
+    return "no error", False
+
+
+def state(engine: Engine, groups: Groups) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and both moments."""
+    return {kind: whole(engine, groups, kind) for kind in ("master", "exp_avg", "exp_avg_sq")}
+
+
+def poison_on(rank: int, factor: float) -> Forward:
+    """A forward whose loss is multiplied by ``factor`` (inf or nan) on one rank."""
+
+    def forward(model: nn.Module, batch: Any, weight: float) -> Any:
+        loss, terms = STAGE.forward(model, batch, weight)
+        return (loss * factor if here().rank == rank else loss), terms
+
+    return forward
+
+
+def bad_step(zero: Any, precision: str, factor: float, offload: bool = False) -> dict[str, Any]:
+    """A good step, one that is not finite on the last rank alone, and (where it was skipped) another good one."""
+    groups = here()
+    engine = tiny_engine(zero, groups, precision=precision, offload_optimizer=offload)
+    step_on(engine, my_micro_batches(0, groups, 2), groups)
+    before, steps, scale = state(engine, groups), engine.optimizer_steps, engine.loss_scale.value
+    out: dict[str, Any] = {"error": "", "skipped": False}
+    try:
+        poisoned = poison_on(groups.world - 1, factor)
+        out["skipped"] = step_on(engine, my_micro_batches(1, groups, 2), groups, poisoned).skipped
+    except ValueError as error:
+        out["error"] = str(error)
+    after = state(engine, groups)
+    out["unchanged"] = all(
+        torch.equal(before[kind][name], after[kind][name]) for kind in before for name in after[kind]
+    )
+    out["steps"] = (steps, engine.optimizer_steps)
+    out["scale"] = (scale, engine.loss_scale.value)
+    step_on(engine, my_micro_batches(2, groups, 2), groups)
+    out["next"], out["next_steps"] = whole(engine, groups, "master"), engine.optimizer_steps
+    return out
+
+
+def good_steps(zero: Any, precision: str, steps: list[int], scale: float) -> dict[str, torch.Tensor]:
+    """Weights after these steps of the data alone, the second half at another loss scale."""
+    groups = here()
+    engine = tiny_engine(zero, groups, precision=precision)
+    for number in steps:
+        step_on(engine, my_micro_batches(number, groups, 2), groups)
+        engine.loss_scale.value = scale
+    return whole(engine, groups, "master")
+
+
+def clipped(zero: Any, clip: float) -> dict[str, Any]:
+    """The norm that a step reports and the gradient that AdamW saw."""
+    groups = here()
+    engine = tiny_engine(zero, groups, clip)
+    result = step_on(engine, my_micro_batches(0, groups, 2), groups)
+    return {"norm": result.grad_norm, "gradient": gradient(engine, groups), "steps": engine.optimizer_steps}
+
+
+def accumulated(zero: Any, times: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Weights and AdamW's step count after two steps of ``times`` micro-batches on each rank."""
+    groups = here()
+    engine = tiny_engine(zero, groups)
+    for number in range(2):
+        step_on(engine, my_micro_batches(number, groups, 8 // (times * groups.world)), groups)
+    return whole(engine, groups, "master"), engine.optimizer_steps
+
+
+def evaluated(zero: Any) -> dict[str, Any]:
+    """Metrics of an evaluation and of the training forward on the same micro-batches, and what it left behind."""
+    groups = here()
+    batches = my_micro_batches(0, groups, 2)
+    engine = tiny_engine(zero, groups)
+    terms = engine.evaluate(batches, STAGE.forward)
+    out: dict[str, Any] = {"grads": sum(p.grad is not None for p in engine.model.parameters())}
+    out["whole"] = sum(p.numel() for p in engine.model.parameters()) if zero == 3 else 0
+    out["training"] = engine.model.training
+    result = step_on(engine, batches, groups)
+    out["metrics"] = (torch.stack(terms), torch.stack(result.metrics))
+    out["after"] = torch.stack(engine.evaluate(batches, STAGE.forward))
+    plain = tiny_engine(zero, groups)
+    step_on(plain, batches, groups)
+    a, b = whole(engine, groups, "master"), whole(plain, groups, "master")
+    out["same"] = all(torch.equal(a[name], b[name]) for name in a)
+    return out
+
+
+def covered(zero: Any) -> list[tuple[str, int, int, dict[str, int], str]]:
+    """This rank's fragments: name, start, elements of the master, of each state, and the types."""
+    groups = here()
+    engine = tiny_engine(zero, groups)
+    return [
+        (f.name, f.start, f.master.numel(), {k: v.numel() for k, v in f.states.items()}, f"{f.master.dtype}")
+        for f in engine.fragments()
+    ]
+
+
+def wire(zero: Any, steps: int = 3) -> dict[str, Any]:
+    """Collectives of the last step: kind -> [calls, bytes of the tensors, bytes moved], and the parameters' bytes."""
+    from scripts.bench.wire_worker import CountCollectives
+
+    groups = here()
+    engine = tiny_engine(zero, groups)
+    size = sum(4 * getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+    for number in range(steps - 1):
+        step_on(engine, my_micro_batches(number, groups, 2), groups)
+    batches = my_micro_batches(steps, groups, 4)
+    count = groups.sum([STAGE.count(batches)])[0]
+    with CountCollectives() as counter:
+        engine.train_step(batches, STAGE.forward, count, OPTIM.lr)
+    return {"parameters": size, "kinds": dict(counter.kinds), "micro_batches": len(batches)}
+
+
+class CountedSource:
+    """Whole tensors whose memory is watched: the most bytes that were alive when another one was asked for."""
+
+    def __init__(self, source: Any):
+        self.source, self.alive, self.most, self.asked = source, {}, 0, 0
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, on an array that tells when the last tensor on it is gone."""
+        array = self.source.tensor(name).numpy().copy()
+        self.asked += 1
+        self.alive[name] = array.nbytes
+        weakref.finalize(array, self.alive.pop, name)
+        self.most = max(self.most, sum(self.alive.values()))
+        return torch.from_numpy(array)
+
+
+def alive_while_filling(partition: bool) -> dict[str, int]:
+    """Bytes of whole tensors alive at most, and at the end, while the tiny model (with biases) is filled."""
+    groups = here()
+    tiny_engine(0, groups)  # an engine sets DeepSpeed up, as it does in a run before it fills a model
+    cfg = dataclasses.replace(TINY, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
+    model, source = build(cfg, groups.tp), CountedSource(InitSource(cfg, 3))
+    sizes = {name: 4 * p.numel() for name, p in model.named_parameters()}
+    leaves = [sum(4 * p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
+    config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
+    materialise(model, source, groups.tp, groups.device, config)
+    gc.collect()
+    left = sum(source.alive.values())
+    whole_parts = sum(p.numel() for p in model.parameters())
+    return {
+        "most": source.most, "left": left, "leaf": max(leaves), "model": sum(sizes.values()),
+        "asked": source.asked, "parameters": len(sizes), "elements_here": whole_parts,
+    }  # fmt: skip
+
+
+def decay_shapes(partition: bool) -> list[tuple[float, list[tuple[int, ...]]]]:
+    """(decay, whole shapes) of the two optimizer groups, from a model that is partitioned or not."""
+    groups = here()
+    tiny_engine(0, groups)  # sets DeepSpeed up
+    model = build(TINY, groups.tp)
+    config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
+    materialise(model, InitSource(TINY, 3), groups.tp, groups.device, config)
+    return [
+        (float(g["weight_decay"]), sorted(tuple(getattr(p, "ds_shape", p.shape)) for p in g["params"]))
+        for g in decay_groups(model, 0.1)
+    ]
+
+
+def summed(mine: list[list[float]]) -> list[float]:
+    """The sum over ranks of one list of numbers a rank."""
+    groups = here()
+    return groups.sum(mine[groups.rank])
