@@ -56,5 +56,5 @@ def metrics(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss) with an overflow shown as infinity."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss) with an overflow shown as infinity; a loss that is no number stays one."""
+    return math.inf if loss >= 700 else math.exp(loss)
