@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +10,13 @@ import torch
 from torch import nn
 
 from data.batch import Document, MicroBatch, collate
-from models import build
 from models.init import InitSource
 from parallel.config import EngineConfig
-from parallel.ds_config import ds_config
 from parallel.engine import Engine
 from parallel.groups import Groups
-from parallel.materialise import materialise
 from tests.cases import NAMES, TINY, here, my_micro_batches, whole
-from trainer.optim import OptimConfig, decay_groups
+from trainer import channels
+from trainer.optim import OptimConfig
 from trainer.run import make_engine
 from trainer.stages.next_token import NextToken
 
@@ -193,55 +188,15 @@ def wire(zero: Any, steps: int = 3) -> dict[str, Any]:
     return {"parameters": size, "kinds": dict(counter.kinds), "micro_batches": len(batches)}
 
 
-class CountedSource:
-    """Whole tensors whose memory is watched: the most bytes that were alive when another one was asked for."""
-
-    def __init__(self, source: Any):
-        self.source, self.alive, self.most, self.asked = source, {}, 0, 0
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, on an array that tells when the last tensor on it is gone."""
-        array = self.source.tensor(name).numpy().copy()
-        self.asked += 1
-        self.alive[name] = array.nbytes
-        weakref.finalize(array, self.alive.pop, name)
-        self.most = max(self.most, sum(self.alive.values()))
-        return torch.from_numpy(array)
-
-
-def alive_while_filling(partition: bool) -> dict[str, int]:
-    """Bytes of whole tensors alive at most, and at the end, while the tiny model (with biases) is filled."""
-    groups = here()
-    tiny_engine(0, groups)  # an engine sets DeepSpeed up, as it does in a run before it fills a model
-    cfg = dataclasses.replace(TINY, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
-    model, source = build(cfg, groups.tp), CountedSource(InitSource(cfg, 3))
-    sizes = {name: 4 * p.numel() for name, p in model.named_parameters()}
-    leaves = [sum(4 * p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
-    config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
-    materialise(model, source, groups.tp, groups.device, config)
-    gc.collect()
-    left = sum(source.alive.values())
-    whole_parts = sum(p.numel() for p in model.parameters())
-    return {
-        "most": source.most, "left": left, "leaf": max(leaves), "model": sum(sizes.values()),
-        "asked": source.asked, "parameters": len(sizes), "elements_here": whole_parts,
-    }  # fmt: skip
-
-
-def decay_shapes(partition: bool) -> list[tuple[float, list[tuple[int, ...]]]]:
-    """(decay, whole shapes) of the two optimizer groups, from a model that is partitioned or not."""
-    groups = here()
-    tiny_engine(0, groups)  # sets DeepSpeed up
-    model = build(TINY, groups.tp)
-    config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
-    materialise(model, InitSource(TINY, 3), groups.tp, groups.device, config)
-    return [
-        (float(g["weight_decay"]), sorted(tuple(getattr(p, "ds_shape", p.shape)) for p in g["params"]))
-        for g in decay_groups(model, 0.1)
-    ]
-
-
 def summed(mine: list[list[float]]) -> list[float]:
     """The sum over ranks of one list of numbers a rank."""
     groups = here()
     return groups.sum(mine[groups.rank])
+
+
+def merged_channels() -> dict[str, float]:
+    """Metrics of three tokens of the first channel on rank 0 (loss 2 each) and one of the third on rank 1 (loss 6)."""
+    groups = here()
+    sums = torch.zeros(len(NAMES), 2, dtype=torch.float64)
+    sums[2 * groups.rank] = torch.tensor([6.0, 3.0 if groups.rank == 0 else 1.0])
+    return channels.metrics([sums], NAMES, groups.all_gather, "train")

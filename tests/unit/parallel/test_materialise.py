@@ -12,7 +12,7 @@ from models import build
 from models.init import InitSource
 from parallel.materialise import fill_, materialise
 from parallel.sharding import REPLICATED, Axis, Shard, set_layout
-from tests import cases, engine_cases
+from tests import cases, fill_cases
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_ties_survive_and_are_read_once(tied: bool) -> None:
     cfg = dataclasses.replace(cases.TINY, tied_embeddings=tied)
     model = build(cfg)
     before = {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
-    source = engine_cases.CountedSource(InitSource(cfg, 3))
+    source = fill_cases.CountedSource(InitSource(cfg, 3))
     materialise(model, source, Axis(), CPU)
     assert {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)} == before
     assert (model.head.weight is model.embed.weight) == tied
@@ -80,9 +80,9 @@ def test_ties_survive_and_are_read_once(tied: bool) -> None:
 
 def test_zero3_never_holds_more_than_one_whole_leaf(pool) -> None:
     """Bytes of whole tensors alive, watched through the arrays they lie on; without partitioning all stay."""
-    kept = pool(2).run(engine_cases.alive_while_filling, False)[0]
+    kept = pool(2).run(fill_cases.alive_while_filling, False)[0]
     assert kept["most"] == kept["left"] == kept["model"]
-    for cut in pool(2).run(engine_cases.alive_while_filling, True):
+    for cut in pool(2).run(fill_cases.alive_while_filling, True):
         assert cut["asked"] == cut["parameters"]
         assert cut["most"] <= cut["leaf"] < 0.2 * cut["model"]
         assert cut["left"] == 0 and cut["elements_here"] == 0
