@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,12 @@ STATE = "state.json"
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints below ``folder``, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.name[5:].isdigit() and (path / STATE).is_file())
+    complete = [path for path in folder.glob("step_*") if path.name[5:].isdigit() and (path / STATE).is_file()]
+    return sorted(complete, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
 
 
 def find_latest(folder: Path) -> Path | None:
@@ -62,7 +68,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], groups:
     Args:
         folder: the run's checkpoint folder.
         state: JSON values to keep beside the tensors (data position, …).
-        keep_last: older complete checkpoints beyond this many are removed after the new one is complete.
+        keep_last: checkpoints up to this step that stay; older ones are removed after the new one is complete.
 
     Raises:
         ValueError: some rank could not write (disk full, no permission); nothing already saved is touched.
@@ -89,7 +95,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], groups:
             "Free space or set run.dir to another disk, then start again with the same run.name to resume."
         )
     if groups.is_main:
-        _prune(folder, keep_last)
+        _prune(folder, step, keep_last)
     groups.barrier()
     return final
 
@@ -137,11 +143,20 @@ def _complete(building: Path, final: Path, step: int, engine: Engine, state: dic
     return []
 
 
-def _prune(folder: Path, keep_last: int) -> None:
-    for old in checkpoints_in(folder)[:-keep_last]:
+def _prune(folder: Path, step: int, keep_last: int) -> None:
+    """Remove checkpoints before ``step`` beyond the last few.
+
+    Later steps are of a run that lay here before this one started over or went back; they are left alone, for counted
+    among the last few they would push out what was just written.
+    """
+    done = [path for path in checkpoints_in(folder) if _step_of(path) <= step]
+    for old in done[:-keep_last]:
         doomed = old.with_name(old.name + ".deleting")
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+        try:
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            warnings.warn(f"the old checkpoint {old} could not be removed: {error}", stacklevel=2)
 
 
 class Checkpoint:
