@@ -131,15 +131,24 @@ def _complete(building: Path, final: Path, step: int, engine: Engine, state: dic
         held, whole = sum(piece[2] for piece in entry["pieces"]), torch.Size(entry["shape"]).numel()
         assert held == whole, f"{name}: the ranks hold {held} of {whole} elements"
     training = {"optimizer_steps": engine.optimizer_steps, "loss_scale": engine.loss_scale.state()}
+    aside = final.with_name(final.name + ".deleting")
+    moved = False  # the run went back and came to this step anew: on a failure the earlier one returns
     try:
         write_atomic(
             building / STATE, json.dumps({"format": FORMAT, "step": step, **state, **training, "tensors": names})
         )
-        shutil.rmtree(final, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            os.replace(final, aside)
+            moved = True
         os.replace(building, final)
         write_atomic(final.parent / "latest", final.name + "\n")
     except OSError as error:
+        if moved:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
         return [str(error)]
+    shutil.rmtree(aside, ignore_errors=True)
     return []
 
 
