@@ -179,12 +179,16 @@ class Checkpoint:
         self.folder = folder
         try:
             self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            found = self.state["format"]
+        except (OSError, ValueError, TypeError, KeyError) as error:  # no file, no text, no JSON, another's JSON
             raise ValueError(
-                f"{folder} is not a Loom checkpoint: {error}. Name a step_* folder with a {STATE}."
+                f"{folder} is not a Loom checkpoint: {STATE}: {error}. Name a complete step_* folder of a run."
             ) from error
-        if self.state["format"] != FORMAT:
-            raise ValueError(f"{folder} has checkpoint format {self.state['format']}; this version reads {FORMAT}.")
+        if found != FORMAT:
+            raise ValueError(
+                f"{folder} has checkpoint format {found}; this version of Loom reads {FORMAT}. Resume with the version "
+                "that wrote it, or set run.resume=never."
+            )
         self._files: dict[int, Any] = {}
 
     def _open(self, rank: int) -> Any:
