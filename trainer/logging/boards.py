@@ -37,12 +37,13 @@ class Board(Protocol):
 
 
 class TensorBoard:
-    """Event files in ``<run folder>/tensorboard``; a resumed run hides the steps it repeats."""
+    """Event files in ``<run folder>/tensorboard``; a run that goes on or starts over hides the steps it repeats."""
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes half a second
 
-        purge = resume_step + 1 if resume_step > 0 else None
+        # From the start on (0) the evaluation before step 1 is made again too.
+        purge = None if resume_step is None else resume_step + (resume_step > 0)
         self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -56,14 +57,22 @@ class TensorBoard:
 
 
 class Wandb:
-    """One wandb run per run folder: its id lies in ``wandb/run_id``, and a resumed run goes on with it.
+    """One wandb run for all the lives of a run: its id lies in ``wandb/run_id``, and a resumed run goes on with it.
+
+    A run that starts over in the same folder is another run to wandb: its points must not mix with the former ones.
 
     The x axis of every panel is ``step``, the training step. Without a login or a reachable server an online run
     becomes an offline one, to be uploaded with ``wandb sync``.
     """
 
     def __init__(
-        self, run_dir: Path, cfg: LogConfig, run_name: str, config: dict[str, Any], note: Callable[[str], None]
+        self,
+        run_dir: Path,
+        cfg: LogConfig,
+        run_name: str,
+        config: dict[str, Any],
+        note: Callable[[str], None],
+        resumed: bool,
     ) -> None:
         import wandb  # takes a second
 
@@ -71,7 +80,7 @@ class Wandb:
         folder = run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "run_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else ""
+        run_id = id_file.read_text().strip() if resumed and id_file.is_file() else ""
         if not run_id:
             run_id = secrets.token_hex(4)
             id_file.write_text(run_id + "\n")

@@ -21,6 +21,7 @@ class GrowingFile:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._warned = False
         size = os.lseek(self._fd, 0, os.SEEK_END)
+        self.was_empty = size == 0
         half_line = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
         self._waiting = b"\n" if half_line else b""
 

@@ -1,9 +1,9 @@
 """``metrics.jsonl``: one JSON object a line, written as the run goes and read back by plots and tests.
 
 A line is ``{"kind": "train"|"eval"|"resume", "step": int, "time": seconds since 1970, "<metric>": number, ...}``.
-Numbers that JSON cannot hold are the strings "NaN", "Infinity" and "-Infinity". The file only grows: a resumed run
-first writes a ``resume`` line with the step it goes on from, and a reader drops every earlier line past that step;
-beyond that, the last line of each kind and step counts.
+Numbers that JSON cannot hold are the strings "NaN", "Infinity" and "-Infinity". The file only grows: a run that goes on
+or starts over (step 0) first writes a ``resume`` line with the step it goes on from, and a reader drops every earlier
+line past that step; beyond that, the last line of each kind and step counts.
 """
 
 from __future__ import annotations

@@ -97,17 +97,19 @@ class RunLog:
         self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._text = GrowingFile(run_dir / "log.txt")
         self._metrics = GrowingFile(run_dir / history.FILE_NAME)
+        supersedes = resume_step > 0 or not self._metrics.was_empty
         self._terminal = Terminal(total_steps, resume_step, stream)
         self._boards: list[BackgroundBoard] = []
         if cfg.tensorboard:
-            self._add_board("tensorboard", lambda: TensorBoard(run_dir, resume_step))
+            self._add_board("tensorboard", lambda: TensorBoard(run_dir, resume_step if supersedes else None))
         if cfg.wandb != "disabled":
-            self._add_board("wandb", lambda: Wandb(run_dir, cfg, run_name, resolved_config, self._heard.put))
+            note = self._heard.put
+            self._add_board("wandb", lambda: Wandb(run_dir, cfg, run_name, resolved_config, note, resume_step > 0))
         elif cfg.entity is not None:
             warnings.warn(f"log.entity={cfg.entity} is ignored: log.wandb=disabled", stacklevel=2)
         # A program that ends without close() still flushes, and no thread is cut off inside a library's C++ code.
         atexit.register(self.close, "the program ended before the run did", failed=True)
-        if resume_step > 0:
+        if supersedes:  # also a run that starts over in the same folder: its curve is not that of the one before
             self._metrics.line(history.encode("resume", resume_step, time.time(), {}))
 
     def _add_board(self, name: str, start: Callable[[], Any]) -> None:

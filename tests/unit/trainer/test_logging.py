@@ -75,6 +75,18 @@ def test_resumed_run_supersedes_what_it_repeats(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6 + 1 + 1
 
 
+def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    cfg = LogConfig(wandb="disabled", tensorboard=True)
+    run(tmp_path, cfg, range(1, 7))
+    run(tmp_path, cfg, range(1, 4), offset=100.0)
+    steps, losses = history.read(tmp_path).series("train/loss")
+    assert steps == [1, 2, 3], "steps of the longer run before are not part of this one"
+    assert losses == pytest.approx([102.9, 102.8, 102.7], abs=1e-12)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
 def test_half_line_of_a_killed_run_costs_only_itself(tmp_path: Path) -> None:
     run(tmp_path, QUIET, range(1, 3))
     path = tmp_path / "metrics.jsonl"
@@ -208,6 +220,8 @@ def test_wandb_offline_writes_one_run_that_a_resume_goes_on_with(tmp_path: Path)
     assert (tmp_path / "wandb" / "run_id").read_text().strip() == run_id
     records = [path.name for folder in wandb_folders(tmp_path) for path in folder.glob("run-*.wandb")]
     assert records == [f"run-{run_id}.wandb"] * 2
+    run(tmp_path, cfg, range(1, 2))  # started over: another curve, so another run
+    assert (tmp_path / "wandb" / "run_id").read_text().strip() != run_id
 
 
 def test_disabled_boards_make_nothing(tmp_path: Path) -> None:
