@@ -25,10 +25,10 @@ def compose_and_run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Check the command line before Hydra reads it, then compose and run."""
-    sys.argv[1:] = strip_launcher_args(sys.argv[1:])
     ranks = LauncherRanks.read()
     with told_clearly(ranks.rank):
-        preflight(sys.argv[1:], ranks.world)
+        preflight(sys.argv[1:], ranks.world)  # the words as they were typed, since messages quote them
+    sys.argv[1:] = strip_launcher_args(sys.argv[1:])
     compose_and_run()
 
 

@@ -66,6 +66,9 @@ def table(cfg: ModelConfig, title: str) -> str:
 
 
 def main(argv: list[str]) -> None:
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return
     words = dict.fromkeys(argv)
     name, folder, overrides = None, None, []
     for word in words:

@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$ROOT"
+if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then sed -n '2,5s/^# \{0,1\}//p' scripts/test.sh; exit 0; fi
 
 ensure_env
 python scripts/prepare_quickstart.py

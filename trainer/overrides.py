@@ -184,6 +184,9 @@ def _judge_malformed(text: str, reason: str, known: list[str]) -> Problem:
     if "=" in text:
         if value.startswith("~"):
             return Problem(key, value, "Hydra has another meaning for ~", f"{key}=$HOME{value[1:]}")
+        if any(value.count(left) != value.count(right) for left, right in ("[]", "{}")):
+            way = f"as many ] as [ and }} as {{, and quote the whole for the shell: '{key}=[{{...}}, {{...}}]'"
+            return Problem(key, value, "its value cannot be read: a bracket is not closed, or one too many", way)
         return Problem(key, value, reason, f"quote the value for the shell and for Hydra: '{key}=\"{value}\"'")
     target = key if key in known else next(iter(close_keys(key, known)), "SECTION.KEY")
     return Problem(text, "no key=value", f"{reason}, so it is not a setting", f"{target}={value.strip() or 'VALUE'}")

@@ -60,6 +60,7 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
     groups = build_groups(ranks, cfg.run.hang_timeout)
     run_dir = _run_dir(cfg, groups)
     saved = _saved(cfg, run_dir)
+    source = saved or _fresh_weights(cfg)  # before the data, which may take an hour to read
     corpus = _read_data(cfg, groups, run_dir)
     total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * corpus.rows_per_epoch / cfg.data.global_batch_rows)
     progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
@@ -71,7 +72,7 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
             return run_dir
-        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, saved or _fresh_weights(cfg))
+        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source)
         if saved:
             saved.restore(engine, groups)
         trainer = Trainer(

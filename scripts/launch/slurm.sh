@@ -16,6 +16,7 @@
 # its latest checkpoint. On nodes without GPUs pass --gpus-per-node 0 and set PROCESSES_PER_NODE.
 set -euo pipefail
 
+if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then sed -n '10,17s/^# \{0,1\}//p' "$0"; exit 0; fi
 : "${SLURM_JOB_ID:?slurm.sh: submit this with sbatch (sbatch scripts/launch/slurm.sh run.name=... ...)}"
 cd "$SLURM_SUBMIT_DIR"
 if [[ ! -f train.py ]]; then

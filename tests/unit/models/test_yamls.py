@@ -57,6 +57,11 @@ def test_table_of_llama7b(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "python scripts/params.py model=llama7b" in capsys.readouterr().out
+
+
 def test_tied_head_counts_once() -> None:
     cfg = load_model("smollm2_135m", [])
     assert count_by_part(cfg)["head"] == 0

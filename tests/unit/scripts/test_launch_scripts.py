@@ -136,3 +136,10 @@ def test_slurm_meets_at_the_first_node(tmp_path):
 def test_slurm_script_outside_a_job_says_how_to_submit():
     done = launch("slurm.sh", SLURM_JOB_ID="")
     assert done.returncode != 0 and "sbatch scripts/launch/slurm.sh" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["slurm.sh", "deepspeed_multinode.sh", "two_nodes_local.sh", "../test.sh"])
+def test_help_explains_and_starts_nothing(script):
+    done = launch(script, "--help", SLURM_JOB_ID="")
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"scripts/{'launch/' if '/' not in script else ''}{script.removeprefix('../')}" in done.stdout
