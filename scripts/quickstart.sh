@@ -67,7 +67,7 @@ Everything is in $run:
 
 Next, after  source .venv/bin/activate :
   python scripts/chat.py --model $export_dir
-  torchrun --nproc_per_node 2 train.py run=quickstart run.name=$name run.steps=48     go on to step 48
+  torchrun --nproc_per_node 2 train.py run=quickstart run.name=$name run.steps=32     go on to step 32
   torchrun --nproc_per_node 2 train.py run=quickstart run.name=zero3 engine=zero3     another ZeRO stage, same losses
   python scripts/plot.py runs/* --out compare.png                                     compare runs
 Your own model and data: README.md.
