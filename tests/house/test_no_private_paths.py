@@ -48,7 +48,7 @@ def test_a_private_path_is_seen(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["https://x.org/home/page", "127.0.0.1", "a/work/b", "$HOME/models", "version 10.2.1", "--master_addr 10.0.0.1"],
+    ["https://x.org/home/page", "127.0.0.1", "a/home/b", "$HOME/models", "version 10.2.1", "--master_addr 10.0.0.1"],
 )
 def test_a_public_one_is_not(text: str) -> None:
     assert not findings(text)
