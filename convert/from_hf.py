@@ -64,8 +64,8 @@ class HFSource:
                 f"the weights in {self.folder} do not fit the model (family {self.cfg.family}, "
                 f"{self.cfg.num_layers} layers, hidden size {self.cfg.hidden_size}):\n"
                 + "\n".join(found)
-                + "\nUse model=hf to take the sizes from the folder's own config.json; if they come from there already, its "
-                "config.json and weights belong to different models: fetch the folder again."
+                + "\nUse model=hf to take the sizes from the folder's own config.json; if they do already, "
+                "its config.json and weights belong to different models: fetch the folder again."
             )
         if self._fresh is not None:
             warnings.warn(f"{self.folder} has no score.weight: the scalar head starts from fresh weights", stacklevel=2)

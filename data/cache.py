@@ -229,12 +229,19 @@ def _token_dtype(info: TokenizerInfo) -> np.dtype:
     return np.dtype(np.uint16 if info.vocab_size <= 1 << 16 else np.uint32)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_FOLDER = (errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+FOLDER_ERRORS = (*FULL, *NOT_ALLOWED, *NO_FOLDER)
+"""What the user can mend with another folder or more room; any other error of the disk is shown whole."""
+
+
 def _writing(cache_dir: str, work: Callable[[], Result]) -> Result:
     """Do `work`; trouble with the disk becomes a message about data.cache_dir."""
     try:
         return work()
     except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if err.errno in FOLDER_ERRORS:
             raise ValueError(
                 f"data.cache_dir={cache_dir}: the token cache cannot be written ({err}); "
                 "free space there or set data.cache_dir to another folder that every rank sees"

@@ -7,10 +7,8 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 import time
 from contextlib import AbstractContextManager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from trainer.door import to_yaml
 from trainer.logging.log import Log, NullLog, RunLog
 from trainer.loop import Progress, Trainer
 from trainer.optim import OptimConfig, decay_groups
+from trainer.run_folder import run_folder
 from trainer.stages import build_stage
 
 CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 24 * 2**20, 512 * 2**20
@@ -58,7 +57,12 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     groups = build_groups(ranks, cfg.run.hang_timeout)
-    run_dir = _run_dir(cfg, groups)
+    with run_folder(cfg, groups) as run_dir:
+        _train_in(run_dir, cfg, groups, started)
+    return run_dir
+
+
+def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> None:
     saved = _saved(cfg, run_dir)
     source = saved or _fresh_weights(cfg)  # before the data, which may take an hour to read
     corpus = _read_data(cfg, groups, run_dir)
@@ -71,7 +75,7 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
             _introduce(cfg, log, groups, run_dir, corpus, stage.contract, saved)
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
-            return run_dir
+            return
         engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source)
         if saved:
             saved.restore(engine, groups)
@@ -89,7 +93,6 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
         log.note(f"ready after {time.monotonic() - started:.1f} s; training from step {progress.step} to {total_steps}")
         trainer.run(progress)
         log.close(f"done: {progress.step} steps. Checkpoint and metrics in {run_dir}")
-    return run_dir
 
 
 def make_engine(
@@ -120,24 +123,6 @@ def _fresh_weights(cfg: RunConfig) -> TensorSource:
 def _flops(model: ModelConfig, batch: MicroBatch) -> float:
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
     return step_flops(model, lengths, batch.num_targets)
-
-
-def _run_dir(cfg: RunConfig, groups: Groups) -> Path:
-    """The run folder, agreed on by all ranks; half-written checkpoints of a crash are removed."""
-    name = cfg.run.name or f"{cfg.stage.name}-{cfg.model.family}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = Path(cfg.run.dir) / groups.all_gather(name)[0]
-    if groups.is_main:
-        try:
-            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"run.dir={cfg.run.dir}: cannot write there: {error}. Set run.dir to a writable folder."
-            ) from error
-        for pattern in ("*.building", "*.deleting", "*.tmp"):
-            for leftover in (run_dir / "checkpoints").glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
-    groups.barrier()
-    return run_dir
 
 
 def _saved(cfg: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
@@ -224,6 +209,8 @@ def _introduce(
         f"{groups.world} process(es) on {groups.device.type}, ZeRO-{cfg.engine.zero}, {cfg.engine.precision}; "
         f"global batch {rows} rows = {groups.world} x {micro} x {rows // (micro * groups.world)} accumulated"
     )
+    if cfg.run.save_every == 0:
+        log.note("the only checkpoint is written at the end; run.save_every=N also saves on the way")
     if saved:
         log.note(
             f"resuming from {saved.folder} (step {saved.state['step']}, written by {saved.state['world']} process(es))"

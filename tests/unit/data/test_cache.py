@@ -233,6 +233,15 @@ def test_two_runs_at_once_end_with_one_good_cache(write_jsonl, tmp_path: Path, o
     assert len([name for name in os.listdir(tmp_path / "cache") if not name.endswith(".json")]) == 1
 
 
+def test_a_cache_folder_that_cannot_be_made_is_told(write_jsonl, tmp_path: Path, tokenizer_folder: str) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted" / "disk")
+    path = write_jsonl("a.jsonl", ROWS)
+    for folder in (f"{tmp_path}/gone", "/proc/nowhere", path):
+        with pytest.raises(ValueError, match="the token cache cannot be written") as caught:
+            open_cache(SourceConfig(path), "k", folder, Maker(tokenizer_folder, None, "assistant"), Peers.alone())
+        assert f"data.cache_dir={folder}" in str(caught.value)
+
+
 def test_a_full_disk_on_one_rank_ends_all_with_its_message(
     write_jsonl, tmp_path: Path, on_ranks, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

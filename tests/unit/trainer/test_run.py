@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 from tests import cases
 from tests.unit.data.conftest import make_tokenizer
 from trainer import checkpoint
+from trainer.run_folder import LOCK
 
 
 @dataclass
@@ -189,6 +191,21 @@ def test_a_vocabulary_too_small_is_refused_before_training(runs: Runs) -> None:
 def test_a_run_folder_that_cannot_be_made_is_refused(runs: Runs) -> None:
     message = runs.refused("x", run__steps=1, run__dir=runs.folder / "chat.jsonl")
     assert "run.dir=" in message and "writable folder" in message
+
+
+def test_a_folder_in_which_another_job_trains_is_refused(runs: Runs) -> None:
+    folder = runs.folder / "runs" / "held"
+    building = folder / "checkpoints" / "step_0000001.building"
+    building.mkdir(parents=True)
+    with open(folder / LOCK, "w") as lock:
+        lock.write("process 123 on far")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = runs.refused("held", run__steps=1)
+        assert "run.name=held" in said and "process 123 on far is still training" in said
+        assert building.is_dir(), "the other job's half-written checkpoint is its own"
+    assert "the only checkpoint is written at the end" in runs.run("held", run__steps=1)
+    assert not building.is_dir()
 
 
 def test_epochs_become_steps(runs: Runs) -> None:
