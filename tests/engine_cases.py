@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -143,13 +144,31 @@ def accumulated(zero: Any, times: int) -> tuple[dict[str, torch.Tensor], int]:
     return whole(engine, groups, "master"), engine.optimizer_steps
 
 
+def moved(zero: Any, rates: list[float]) -> list[dict[str, torch.Tensor]]:
+    """How far the weights go in one step at each of these learning rates."""
+    groups, found = here(), []
+    for rate in rates:
+        engine = tiny_engine(zero, groups)
+        before = whole(engine, groups, "master")
+        batches = my_micro_batches(0, groups, 2)
+        engine.train_step(batches, STAGE.forward, groups.sum([STAGE.count(batches)])[0], rate)
+        found.append({name: after - before[name] for name, after in whole(engine, groups, "master").items()})
+    return found
+
+
 def evaluated(zero: Any) -> dict[str, Any]:
     """Metrics of an evaluation and of the training forward on the same micro-batches, and what it left behind."""
     groups = here()
     batches = my_micro_batches(0, groups, 2)
     engine = tiny_engine(zero, groups)
-    terms = engine.evaluate(batches, STAGE.forward)
-    out: dict[str, Any] = {"grads": sum(p.grad is not None for p in engine.model.parameters())}
+    modes = []
+
+    def watched(model: nn.Module, batch: Any, weight: float) -> Any:
+        modes.append((torch.is_grad_enabled(), engine.model.training))
+        return STAGE.forward(model, batch, weight)
+
+    terms = engine.evaluate(batches, watched)
+    out: dict[str, Any] = {"modes": set(modes), "grads": sum(p.grad is not None for p in engine.model.parameters())}
     out["whole"] = sum(p.numel() for p in engine.model.parameters()) if zero == 3 else 0
     out["training"] = engine.model.training
     result = step_on(engine, batches, groups)
@@ -162,12 +181,13 @@ def evaluated(zero: Any) -> dict[str, Any]:
     return out
 
 
-def covered(zero: Any) -> list[tuple[str, int, int, dict[str, int], str]]:
-    """This rank's fragments: name, start, elements of the master, of each state, and the types."""
+def covered(zero: Any, hidden_size: int) -> list[tuple[str, int, torch.Tensor, dict[str, int]]]:
+    """This rank's fragments of fresh weights: name, start, master, elements of each state."""
     groups = here()
-    engine = tiny_engine(zero, groups)
+    cfg = dataclasses.replace(TINY, hidden_size=hidden_size)
+    engine = make_engine(cfg, EngineConfig(zero=zero), OPTIM, groups, InitSource(cfg, seed=3))
     return [
-        (f.name, f.start, f.master.numel(), {k: v.numel() for k, v in f.states.items()}, f"{f.master.dtype}")
+        (f.name, f.start, f.master.detach().clone(), {k: v.numel() for k, v in f.states.items()})
         for f in engine.fragments()
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -95,29 +96,44 @@ def test_accumulation_is_one_optimizer_step(pool, zero: int) -> None:
 
 
 @ZERO
+def test_the_step_takes_the_rate_it_is_given(pool, zero: int) -> None:
+    """Not the one the optimizer was made with: rate 0 moves nothing, twice the rate moves twice as far."""
+    still, once, twice = pool(2).run(engine_cases.moved, zero, [0.0, 0.01, 0.02])[0]
+    assert not any(delta.any() for delta in still.values())
+    assert all(delta.any() for delta in once.values())
+    assert cases.distance({name: 2 * delta for name, delta in once.items()}, twice) <= 1e-4
+
+
+@ZERO
 def test_evaluate_is_the_training_forward_and_leaves_nothing(pool, zero: int) -> None:
     """Same numbers bit for bit, no gradient, no gathered weight, training mode; and the next step is not disturbed."""
     for result in pool(2).run(engine_cases.evaluated, zero):
         forward_only, training = result["metrics"]
         assert torch.equal(forward_only, training)
         assert forward_only[..., 1].sum() > 0
+        assert result["modes"] == {(False, False)}, "(gradients enabled, training mode) inside the evaluation"
         assert (result["grads"], result["whole"], result["training"]) == (0, 0, True)
         assert result["same"]
         # After the step the weights are others: the evaluation must see the new ones (a descent on the same batch).
         assert result["after"].sum(0)[..., 0].sum() < forward_only.sum(0)[..., 0].sum() - 1e-3
 
 
+@pytest.mark.parametrize("hidden_size", [32, 33])
 @ZERO
-def test_fragments_cover_every_element_once(pool, zero: int) -> None:
-    ranks = pool(2).run(engine_cases.covered, zero)
-    sizes = {name: p.numel() for name, p in build(cases.TINY).named_parameters()}
-    seen = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
+def test_fragments_cover_every_element_once(pool, zero: int, hidden_size: int) -> None:
+    """And lie where they say, also where two ranks cannot share a tensor evenly (33)."""
+    ranks = pool(2).run(engine_cases.covered, zero, hidden_size)
+    cfg = dataclasses.replace(cases.TINY, hidden_size=hidden_size)
+    source = InitSource(cfg, seed=3)
+    expected = {name: source.tensor(name).flatten() for name, _ in build(cfg).named_parameters()}
+    seen = {name: torch.zeros(len(whole), dtype=torch.int64) for name, whole in expected.items()}
     for rank in ranks:
-        for name, start, numel, states, dtype in rank:
-            assert dtype == "torch.float32"
-            assert states == {"exp_avg": numel, "exp_avg_sq": numel}
-            assert start + numel <= sizes[name]
-            seen[name][start : start + numel] += 1
+        for name, start, master, states in rank:
+            stop = start + len(master)
+            assert master.dtype is torch.float32
+            assert states == {"exp_avg": len(master), "exp_avg_sq": len(master)}
+            assert torch.equal(master, expected[name][start:stop]), name
+            seen[name][start:stop] += 1
     assert all((count == 1).all() for count in seen.values())
     assert all(rank for rank in ranks), "a rank owns nothing"
 
