@@ -87,8 +87,9 @@ def test_a_norm_below_the_clip_is_not_raised(pool, zero: int) -> None:
 
 @ZERO
 def test_accumulation_is_one_optimizer_step(pool, zero: int) -> None:
-    """Four micro-batches a rank, two steps: AdamW counts two, and the weights are those of one micro-batch a rank."""
-    (expected, steps) = pool(2).run(engine_cases.accumulated, zero, 1)[0]
+    """Four micro-batches a rank, two steps: AdamW counts two, and the weights are those of one micro-batch a rank
+    without any sharding; the second step sees what the first one changed."""
+    (expected, steps) = pool(2).run(engine_cases.accumulated, 0, 1)[0]
     assert steps == 2
     for weights, counted in pool(2).run(engine_cases.accumulated, zero, 4):
         assert counted == 2
