@@ -61,8 +61,8 @@ def _read_memo(cache_dir: str) -> Memo:
     try:
         with open(os.path.join(cache_dir, "hashes.json"), encoding="utf-8") as stream:
             memo = json.load(stream)
-    except (FileNotFoundError, ValueError):
-        return {}  # no memo, or a damaged one: files are hashed again
+    except (OSError, ValueError):
+        return {}  # no memo, a damaged or an unreachable one: files are hashed again, and writing the cache tells
     return memo if isinstance(memo, dict) else {}
 
 
