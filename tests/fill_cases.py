@@ -61,7 +61,7 @@ def decay_shapes(partition: bool) -> list[tuple[float, list[tuple[int, ...]]]]:
     model = build(TINY, groups.tp)
     config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
     materialise(model, InitSource(TINY, 3), groups.tp, groups.device, config)
+    pair: list[dict[str, Any]] = [dict(group) for group in decay_groups(model, 0.1)]
     return [
-        (float(g["weight_decay"]), sorted(tuple(getattr(p, "ds_shape", p.shape)) for p in g["params"]))
-        for g in decay_groups(model, 0.1)
+        (float(g["weight_decay"]), sorted(tuple(getattr(p, "ds_shape", p.shape)) for p in g["params"])) for g in pair
     ]

@@ -25,7 +25,7 @@ def meta(shape: tuple[int, ...], shard: Shard = REPLICATED) -> nn.Parameter:
 
 def test_a_filled_parameter_is_the_same_object_with_its_records() -> None:
     param = meta((2, 3))
-    param.__dict__["mark"] = "kept"
+    vars(param)["mark"] = "kept"
     shard, identity = param.__dict__["shard"], id(param)
     whole = torch.arange(6.0).view(2, 3)
     fill_(param, whole, Axis(), CPU)

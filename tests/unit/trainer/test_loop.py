@@ -204,7 +204,12 @@ def test_an_evaluation_comes_before_the_save_of_its_step() -> None:
     w = world(2, held_out=1)
     order: list[str] = []
     evaluate = w.engine.evaluate
-    w.engine.evaluate = lambda *a: (order.append("eval"), evaluate(*a))[1]
+
+    def noted(batches: list[MicroBatch], forward: Any) -> list[torch.Tensor]:
+        order.append("eval")
+        return evaluate(batches, forward)
+
+    w.engine.evaluate = noted
     trainer = dataclasses.replace(w.trainer, save=lambda progress: order.append("save"))
     trainer.run(Progress())
     assert order == ["eval", "eval", "save"]

@@ -82,6 +82,10 @@ def test_a_run_of_one_step_trains_at_the_peak() -> None:
         assert OptimConfig(lr=2.0, schedule=schedule).lr_at(0, 1) == 2.0
 
 
+def grouped(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    return [dict(group) for group in decay_groups(model, weight_decay)]
+
+
 def decayed(groups: list[dict[str, Any]]) -> dict[float, list[tuple[int, ...]]]:
     return {group["weight_decay"]: sorted(tuple(p.shape) for p in group["params"]) for group in groups}
 
@@ -89,25 +93,25 @@ def decayed(groups: list[dict[str, Any]]) -> dict[float, list[tuple[int, ...]]]:
 def test_matrices_decay_and_vectors_do_not() -> None:
     """TINY by hand: two layers of qkv, out, gate|up and down, embedding and head; two norms a layer and the last."""
     matrices = [(64, 32), (32, 32), (96, 32), (32, 48)] * 2 + [(97, 32)] * 2
-    found = decayed(decay_groups(build(cases.TINY), 0.1))
+    found = decayed(grouped(build(cases.TINY), 0.1))
     assert found == {0.1: sorted(matrices), 0.0: [(32,)] * 5}
 
 
 def test_biases_do_not_decay_and_frozen_weights_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
     model[1].requires_grad_(False)
-    assert decayed(decay_groups(model, 0.3)) == {0.3: [(3, 2)], 0.0: [(3,)]}
+    assert decayed(grouped(model, 0.3)) == {0.3: [(3, 2)], 0.0: [(3,)]}
 
 
 def test_a_model_without_vectors_has_one_group() -> None:
     """An empty group would be an error in DeepSpeed."""
-    assert [len(group["params"]) for group in decay_groups(nn.Linear(2, 3, bias=False), 0.1)] == [1]
+    assert [len(group["params"]) for group in grouped(nn.Linear(2, 3, bias=False), 0.1)] == [1]
 
 
 def test_a_tied_weight_decays_once() -> None:
     model = nn.Sequential(nn.Embedding(7, 2), nn.Linear(2, 7, bias=False))
     model[1].weight = model[0].weight
-    params = [p for group in decay_groups(model, 0.1) for p in group["params"]]
+    params = [p for group in grouped(model, 0.1) for p in group["params"]]
     assert [id(p) for p in params] == [id(model[0].weight)]
 
 
@@ -115,9 +119,9 @@ def test_the_shape_before_partitioning_decides() -> None:
     """ZeRO-3 leaves empty 1-D tensors behind and keeps the shape aside."""
     model = nn.Linear(2, 3)
     for param in model.parameters():
-        param.__dict__["ds_shape"] = param.shape
+        vars(param)["ds_shape"] = param.shape
         param.data = torch.empty(0)
-    (matrices, vectors) = decay_groups(model, 0.1)
+    (matrices, vectors) = grouped(model, 0.1)
     assert matrices["params"] == [model.weight] and vectors["params"] == [model.bias]
 
 
