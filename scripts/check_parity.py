@@ -58,9 +58,9 @@ class Row:
 @torch.no_grad()
 def compare(folder: str, attention: Any) -> list[Row]:
     """Run all texts through both, alone and packed."""
+    ours = load_ours(folder, attention)  # first: it says in words what is wrong with a folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = load_ours(folder, attention)
     texts = [torch.tensor(tokenizer(text)["input_ids"]) for text in TEXTS]
     borders = [0, *accumulate(len(tokens) for tokens in texts)]
     positions = torch.cat([torch.arange(len(tokens)) for tokens in texts])

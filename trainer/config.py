@@ -45,7 +45,7 @@ class RunSection:
     keep_last: int = 2
     """Checkpoints kept; older ones are removed after a newer one is whole."""
     eval_every: int = 0
-    """Steps between held-out evaluations; 0 = only at the end, when there is held-out data."""
+    """Steps between held-out evaluations; 0 = only before the first step and at the end. Needs held-out data."""
     resume: str = "auto"
     """auto = go on from the latest checkpoint of this run if there is one, never, or a checkpoint folder."""
     threads: int | None = None
@@ -68,7 +68,7 @@ class RunSection:
             ("epochs", self.epochs is None or self.epochs > 0, "must be above 0", "run.epochs=1"),
             ("save_every", self.save_every >= 0, "cannot be negative", "run.save_every=0 saves only at the end"),
             ("keep_last", self.keep_last >= 1, "the latest checkpoint is always kept", "run.keep_last=1"),
-            ("eval_every", self.eval_every >= 0, "cannot be negative", "run.eval_every=0 evaluates only at the end"),
+            ("eval_every", self.eval_every >= 0, "cannot be negative", "run.eval_every=0 evaluates at start and end"),
             ("resume", bool(self.resume), "is empty", "run.resume=auto"),
             ("threads", self.threads is None or self.threads > 0, "must be at least 1", "run.threads=1"),
             ("hang_timeout", self.hang_timeout > 0, "must be above 0 seconds", "run.hang_timeout=600"),
