@@ -189,11 +189,21 @@ class Checkpoint:
                 f"{folder} has checkpoint format {found}; this version of Loom reads {FORMAT}. Resume with the version "
                 "that wrote it, or set run.resume=never."
             )
+        ranks = {rank for entry in self.state["tensors"].values() for rank, _, _ in entry["pieces"]}
+        gone = [path.name for rank in sorted(ranks) if not (path := self._path(rank)).is_file()]
+        if gone:
+            raise ValueError(
+                f"{folder} is not whole: {', '.join(gone[:5])} missing. "
+                "Resume from another checkpoint with run.resume=PATH."
+            )
         self._files: dict[int, Any] = {}
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}.safetensors"
 
     def _open(self, rank: int) -> Any:
         if rank not in self._files:
-            path = self.folder / f"rank_{rank:05d}.safetensors"
+            path = self._path(rank)
             try:
                 self._files[rank] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:

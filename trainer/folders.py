@@ -11,6 +11,7 @@ from trainer.problems import Problem, nearest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 MAY_DIFFER_FROM_FOLDER = ("rope", "max_seq_len", "sliding_window", "full_attention_layers", "init_std", "head")
 """Model fields that change no tensor of a checkpoint: a longer context, another window or head is a choice."""
 
@@ -25,8 +26,12 @@ def folder_problem(init_from: str) -> Problem | None:
         way = "a folder as written by save_pretrained: config.json beside the weights"
         return Problem("init_from", init_from, "holds no config.json", way)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
-        way = "a folder as written by save_pretrained: model.safetensors beside config.json"
-        return Problem("init_from", init_from, f"holds no weights (none of {', '.join(WEIGHT_FILES)})", way)
+        reason, way = f"holds no weights (none of {', '.join(WEIGHT_FILES)})", "a folder as written by save_pretrained"
+        other = sorted({file.suffix for pattern in OTHER_WEIGHTS for file in folder.glob(pattern)})
+        if other:
+            reason = f"holds weights only as {' and '.join(other)} files, which are not read"
+            way = "the folder that AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes"
+        return Problem("init_from", init_from, reason, way)
     try:
         config_from_hf_folder(init_from)
     except ValueError as err:

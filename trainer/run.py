@@ -136,7 +136,12 @@ def _saved(cfg: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
     folder = checkpoint.find_latest(run_dir / "checkpoints") if cfg.run.resume == "auto" else Path(cfg.run.resume)
     if folder is None:
         return None
-    saved = checkpoint.Checkpoint(folder)
+    try:
+        saved = checkpoint.Checkpoint(folder)
+    except ValueError as error:
+        others = [str(path) for path in checkpoint.checkpoints_in(folder.parent) if path != folder]
+        hint = f" The others of this run: {', '.join(others)}." if others else ""
+        raise ValueError(f"{error}{hint}") from error
     theirs, ours = saved.state["model"], _plain(cfg.model)
     differ = [f"model.{key}: {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
     if differ:

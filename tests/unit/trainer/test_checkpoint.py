@@ -242,3 +242,12 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
     message = refusal(folder)
     assert "format 99" in message and "reads 1" in message and "run.resume=never" in message
+
+
+def test_a_missing_rank_file_is_told_at_once(tmp_path: Path) -> None:
+    """Before the data are read: the folder names its files when it is opened."""
+    tensors = {"a": {"shape": [2], "pieces": [[0, 0, 1], [1, 1, 1]]}}
+    (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 1, "tensors": tensors}))
+    (tmp_path / "rank_00000.safetensors").touch()
+    with pytest.raises(ValueError, match=r"rank_00001\.safetensors missing.*run\.resume=PATH"):
+        checkpoint.Checkpoint(tmp_path)
