@@ -34,7 +34,9 @@ if ! [[ "$per_node" =~ ^[1-9][0-9]*$ ]]; then
     echo "slurm.sh: no GPUs were granted on this node; ask for --gpus-per-node N or set PROCESSES_PER_NODE" >&2
     exit 1
 fi
-head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# Read whole: a reader that leaves after one line may kill scontrol, and with it, under pipefail, this job.
+nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+head_node="${nodes%%$'\n'*}"
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs that share a head node do not meet
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-$per_node} / per_node > 0 ? ${SLURM_CPUS_PER_TASK:-$per_node} / per_node : 1))}"
 
