@@ -7,7 +7,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from parallel.groups import LauncherRanks
+from parallel.groups import LauncherRanks, leave_groups
 from trainer.door import load, preflight, strip_launcher_args
 from trainer.failure import told_clearly
 
@@ -16,11 +16,14 @@ from trainer.failure import told_clearly
 def compose_and_run(cfg: DictConfig) -> None:
     """Hydra's entry: the composed config becomes typed, then the run starts."""
     ranks = LauncherRanks.read()
-    with told_clearly(ranks.rank):
-        typed = load(cfg, ranks.world)
-        from trainer.run import run  # after the config is known to be good: the engine takes seconds to import
+    try:
+        with told_clearly(ranks.rank):
+            typed = load(cfg, ranks.world)
+            from trainer.run import run  # after the config is known to be good: the engine takes seconds to import
 
-        run(typed, ranks)
+            run(typed, ranks)
+    finally:
+        leave_groups()
 
 
 def main() -> None:

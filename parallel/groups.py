@@ -102,3 +102,13 @@ def build_groups(ranks: LauncherRanks, timeout_s: float) -> Groups:
         )
     dp = Axis(size=ranks.world, rank=ranks.rank, group=dist.group.WORLD)
     return Groups(rank=ranks.rank, world=ranks.world, device=device, dp=dp)
+
+
+def leave_groups() -> None:
+    """Leave the process group, at the very end of the program.
+
+    Its threads would otherwise still run while the interpreter is taken down, which now and then aborts the process
+    ("terminate called without an active exception") after a run that ended well.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
