@@ -83,7 +83,7 @@ def test_each_option_of_a_group_composes(group: str, composed: Compose) -> None:
         cfg = DictConfig({**cfg, group: section(group, option)})
         if group == "data" and option == "default":
             cfg.data.sources = [{"path": "chats.jsonl"}]
-        load(cfg)
+        assert isinstance(load(cfg), RunConfig)
 
 
 def test_conf_has_no_key_that_the_dataclasses_lack() -> None:

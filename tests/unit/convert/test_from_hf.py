@@ -106,7 +106,9 @@ def test_all_kinds_are_told_together(tmp_path: Path) -> None:
 def test_tied_checkpoint_may_repeat_the_head_and_old_ones_hold_frequencies(tmp_path: Path) -> None:
     folder = write(tmp_path / "hf", VARIANTS["qwen2"])
     edit(folder, lm_head__weight=torch.zeros(40, 16), model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(2))
-    HFSource(folder, VARIANTS["qwen2"]).check()
+    source = HFSource(folder, VARIANTS["qwen2"])
+    source.check()
+    assert source.tensor("embed.weight").any(), "the repeated head's zeros were taken for the embedding"
 
 
 def test_check_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
