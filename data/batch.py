@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,27 @@ class MicroBatch:
     """Tokens of the longest document."""
     doc_channel_N: torch.Tensor
     """int64 [N]: index into TrainingData.channels."""
+    place_T: torch.Tensor | None = None
+    """int64 [T]: where the tokens here stand among those of the documents; None = here are all of them, in order.
+    Under context parallel a rank has some, while cu_seqlens, max_seqlen and doc_channel_N still tell of all."""
+
+    @cached_property
+    def channel_T(self) -> torch.Tensor:
+        """int64 [T]: the channel of each token here."""
+        lengths_N = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).to(self.doc_channel_N.device)
+        channel_T = torch.repeat_interleave(self.doc_channel_N, lengths_N)
+        return channel_T if self.place_T is None else channel_T[self.place_T]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model, or any chunk of one, is called with."""
+        return {
+            "tokens_T": self.tokens_T,
+            "positions_T": self.positions_T,
+            "cu_seqlens": self.cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+            "channel_T": self.channel_T,
+        }
 
     @cached_property
     def num_targets(self) -> int:

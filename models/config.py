@@ -35,10 +35,68 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts in place of the feed-forward: which experts there are, how a token chooses, how it is trained.
+
+    Sources: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral); DeepSeek-AI 2024 (V2: groups, shared experts; V3: sigmoid
+    scores and a bias instead of a balancing loss, Wang et al. 2024).
+    """
+
+    num_experts: int
+    top_k: int
+    """Experts a token goes to."""
+    expert_size: int
+    """Feed-forward size of one expert."""
+    shared_size: int = 0
+    """Feed-forward size of the expert every token goes to (several shared experts are one of their summed size)."""
+    shared_gate: bool = False
+    """The shared expert's output is multiplied with the sigmoid of a learnt projection (Qwen2-MoE)."""
+    first_dense: int = 0
+    """The first so many layers keep a dense feed-forward of `intermediate_size`."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    """Weights of the chosen experts are made to sum to 1."""
+    scale: float = 1.0
+    """Factor on the weights of the chosen experts."""
+    groups: int = 1
+    """Experts are in so many groups, and a token goes to experts of `groups_kept` of them only."""
+    groups_kept: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    """What a group counts: its best expert (V2) or the sum of its two best (V3)."""
+    correction_bias: bool = False
+    """A bias of each expert is added to the scores for choosing, not for weighing."""
+    bias_rate: float = 0.0
+    """How far the correction bias moves after each step towards an even load (Wang et al. 2024)."""
+    balance_loss: float = 0.0
+    """Factor of the load-balancing loss (Fedus et al. 2021)."""
+    balance_over: Literal["global", "sequence"] = "global"
+    """Loads and probabilities of the balancing loss: of all tokens of the global batch, or of each document alone."""
+    z_loss: float = 0.0
+    """Factor of the router's z-loss (Zoph et al. 2022)."""
+    capacity: float | None = None
+    """An expert takes at most so many times its even share of a document's tokens; null drops none."""
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-AI 2024, V2): keys and values come from one small latent vector a token."""
+
+    kv_rank: int
+    """Size of the latent keys and values are made from."""
+    nope_dim: int
+    """Size of the part of each query and key head without rotation."""
+    rope_dim: int
+    """Size of the rotated part; that of the key is shared by all heads."""
+    value_dim: int
+    q_rank: int | None = None
+    """Size of the latent queries are made from; null makes them from the hidden state."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides a model's parameters and what it computes."""
 
-    family: Literal["llama", "qwen2", "qwen3"]
+    family: Literal["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -58,12 +116,18 @@ class ModelConfig:
     """Tokens a query sees, itself included; None is full attention."""
     full_attention_layers: int = 0
     """The first so many layers ignore `sliding_window` (Qwen's max_window_layers)."""
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
     init_std: float = 0.02
     head: Literal["lm", "scalar"] = "lm"
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, or None for full attention."""
         return None if layer < self.full_attention_layers else self.sliding_window
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is a mixture of experts."""
+        return self.moe is not None and layer >= self.moe.first_dense
 
     @property
     def qkv_parts(self) -> tuple[int, int, int]:

@@ -1,11 +1,18 @@
-"""The decoder, written once for all families. Input is packed: [T] tokens, no batch dim."""
+"""The decoder, written once for all families. Input is packed: [T] tokens, no batch dim.
+
+A decoder may be only a chunk of the model (pipeline stage): some layers, with the embedding if it is the first and the
+head if it is the last. Parameter names are the whole model's at any cut. With sequence parallel the hidden states
+between layers are `[R, D]`, R = ceil(T / tp) rows of this rank; rows after T are padding.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.blocks.attention import Attention, Packing
@@ -15,44 +22,63 @@ from models.blocks.norm import RMSNorm
 from models.blocks.rope import Rope
 from models.config import ModelConfig, Runtime
 from models.heads import LMHead, ScalarHead
-from parallel.sharding import SINGLE, Axis
+from parallel.sharding import SINGLE, Place
 
 PLAIN = Runtime()
 
 
-class Layer(nn.Module):
-    """Pre-norm attention and feed-forward, hidden [T, D] -> [T, D]."""
+@dataclass(frozen=True)
+class Chunk:
+    """The layers [first, stop) of a model, with the embedding before or the head behind them where it says so."""
 
-    def __init__(self, cfg: ModelConfig, index: int, axis: Axis, runtime: Runtime) -> None:
+    first: int
+    stop: int
+    embeds: bool
+    heads: bool
+
+    @staticmethod
+    def whole(cfg: ModelConfig) -> "Chunk":
+        """All of the model."""
+        return Chunk(0, cfg.num_layers, True, True)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, hidden [R, D] -> [R, D]."""
+
+    def __init__(self, cfg: ModelConfig, index: int, place: Place, runtime: Runtime) -> None:
         super().__init__()
         self.selective = runtime.recompute == "selective"
-        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, axis)
-        self.attn = Attention(cfg, index, axis, runtime.attention)
-        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, axis)
-        self.mlp = SwiGLU(cfg, axis, self.selective)
+        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place, place.splits_rows)
+        self.attn = Attention(cfg, index, place, runtime.attention)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place, place.splits_rows)
+        self.mlp = SwiGLU(cfg, place, self.selective)
 
-    def forward(self, hidden_TD: torch.Tensor, packing: Packing) -> torch.Tensor:
-        normed, again = self.attn_norm(hidden_TD, self.selective)
-        hidden_TD = self.attn(normed, hidden_TD, again, packing)
-        normed, again = self.mlp_norm(hidden_TD, self.selective)
-        return self.mlp(normed, hidden_TD, again)
+    def forward(self, hidden_RD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        normed, again = self.attn_norm(hidden_RD, self.selective)
+        hidden_RD = self.attn(normed, hidden_RD, again, packing)
+        normed, again = self.mlp_norm(hidden_RD, self.selective)
+        return self.mlp(normed, hidden_RD, again)
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and head."""
+    """Embedding, layers, final norm and head, or the chunk of them that `chunk` says."""
 
-    def __init__(self, cfg: ModelConfig, axis: Axis, runtime: Runtime) -> None:
+    def __init__(self, cfg: ModelConfig, place: Place, runtime: Runtime, chunk: Chunk) -> None:
         super().__init__()
-        self.cfg, self.runtime = cfg, runtime
+        self.cfg, self.place, self.runtime, self.chunk = cfg, place, runtime, chunk
         self.rope = Rope(cfg)
-        self.embed = token_embedding(cfg, axis)
-        self.layers = nn.ModuleList(Layer(cfg, i, axis, runtime) for i in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, axis)
-        self.head: LMHead | ScalarHead
-        if cfg.head == "lm":
-            self.head = LMHead(cfg, axis, runtime.loss_chunk, self.embed.weight if cfg.tied_embeddings else None)
-        else:
-            self.head = ScalarHead(cfg, axis)
+        self.embed = token_embedding(cfg, place) if chunk.embeds else None
+        # A dict by layer number, so that names stay those of the whole model.
+        self.layers = nn.ModuleDict({str(i): Layer(cfg, i, place, runtime) for i in range(chunk.first, chunk.stop)})
+        self.norm: RMSNorm | None = None
+        self.head: LMHead | ScalarHead | None = None
+        if chunk.heads:
+            self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place, place.splits_rows)
+        if chunk.heads and cfg.head == "lm":
+            tied = self.embed.weight if cfg.tied_embeddings and self.embed is not None else None
+            self.head = LMHead(cfg, place, runtime.loss_chunk, tied)
+        elif chunk.heads:
+            self.head = ScalarHead(cfg, place)
 
     def forward(
         self,
@@ -63,7 +89,9 @@ class Decoder(nn.Module):
         targets_T: torch.Tensor | None = None,
         loss_weight: float = 1.0,
         output: Literal["hidden", "head"] = "hidden",
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        channel_T: torch.Tensor | None = None,
+        hidden_RD: torch.Tensor | None = None,
+    ) -> Any:
         """Run packed documents.
 
         Args:
@@ -74,33 +102,50 @@ class Decoder(nn.Module):
             loss_weight: what the sum of token losses is multiplied with.
             output: without targets, the hidden states after the final norm [T, D] or what the head makes of them
                 (logits [T, V], or values [T]).
+            channel_T: int64 [T], the channel of each token; routers count their loads by it.
+            hidden_RD: what the chunk before gave; the first chunk takes the tokens instead.
 
         Returns:
-            With targets: (`loss_weight` x loss sum, a differentiable scalar; loss of each token, detached fp32 [T]).
-            All weights are used inside module forwards, so that ZeRO-3 gathers them.
+            The hidden states [R, D], from a chunk that is not the last. With targets: (`loss_weight` x loss sum, a
+            differentiable scalar; loss of each token, detached fp32 [T]). All weights are used inside module
+            forwards, so that ZeRO-3 gathers them.
         """
+        packing = self._packing(tokens_T, positions_T, cu_seqlens)
+        if self.embed is not None:
+            missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
+            hidden_RD = self.embed(F.pad(tokens_T, (0, missing)) if missing else tokens_T)
+        assert hidden_RD is not None, "only the first chunk begins with tokens"
+        hidden_RD = self._layers(hidden_RD, packing)
+        if self.norm is None or self.head is None:
+            return hidden_RD
+        hidden_RD = self.norm(hidden_RD)[0]
+        if targets_T is not None:
+            assert self.cfg.head == "lm", "targets are tokens: a scalar head has no loss of its own"
+            return self.head(hidden_RD, targets_T, loss_weight)
+        return self.head(hidden_RD) if output == "head" else hidden_RD
+
+    def _layers(self, hidden_RD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        remake = self.runtime.recompute == "full" and torch.is_grad_enabled()
+        for layer in self.layers.values():
+            if remake:
+                hidden_RD = checkpoint(layer, hidden_RD, packing, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_RD = layer(hidden_RD, packing)
+        return hidden_RD
+
+    def _packing(
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor | Sequence[int]
+    ) -> Packing:
         borders = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, torch.Tensor) else tuple(cu_seqlens)
         assert borders[0] == 0 and borders[-1] == tokens_T.shape[0], (
             f"borders {borders} do not cover {tokens_T.shape[0]}"
         )
         lengths = [b - a for a, b in pairwise(borders)]
         cos_TK, sin_TK = self.rope.tables(positions_T, lengths)
-        packing = Packing.of(cos_TK, sin_TK, borders, {self.cfg.window(i) for i in range(self.cfg.num_layers)})
-        hidden_TD = self.embed(tokens_T)
-        remake = self.runtime.recompute == "full" and torch.is_grad_enabled()
-        for layer in self.layers:
-            if remake:
-                hidden_TD = checkpoint(layer, hidden_TD, packing, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden_TD = layer(hidden_TD, packing)
-        hidden_TD, _ = self.norm(hidden_TD)
-        if targets_T is not None:
-            assert self.cfg.head == "lm", "targets are tokens: a scalar head has no loss of its own"
-            return self.head(hidden_TD, targets_T, loss_weight)
-        return self.head(hidden_TD) if output == "head" else hidden_TD
+        return Packing.of(cos_TK, sin_TK, borders, {self.cfg.window(int(i)) for i in self.layers})
 
 
-def build(cfg: ModelConfig, axis: Axis = SINGLE, runtime: Runtime = PLAIN) -> Decoder:
+def build(cfg: ModelConfig, place: Place = SINGLE, runtime: Runtime = PLAIN, chunk: Chunk | None = None) -> Decoder:
     """A decoder on the meta device: names, shapes and records of every parameter, no memory."""
     with torch.device("meta"):
-        return Decoder(cfg, axis, runtime)
+        return Decoder(cfg, place, runtime, chunk or Chunk.whole(cfg))

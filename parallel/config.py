@@ -7,6 +7,50 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the tokens are laid over the processes. What is left over is data parallel."""
+
+    tp: int = 1
+    """Tensor parallel: ranks that share every layer, by heads, feed-forward and vocabulary."""
+    sequence_parallel: bool = False
+    """Between those layers every tp rank keeps its share of the rows only: less memory, the same bytes on the wire."""
+    pp: int = 1
+    """Pipeline parallel: ranks that hold consecutive layers."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = "1f1b"
+    """Order of the micro-batches in the pipeline; the last three give each rank several stages."""
+    vpp: int | None = None
+    """Stages of each pipeline rank; null = 2 for interleaved, zero_bubble and zbv, 1 otherwise."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each stage in the order of the model; null balances them by cost."""
+    cp: int = 1
+    """Context parallel: ranks that share the tokens of a micro-batch."""
+    context: Literal["ulysses", "ring"] = "ring"
+    """How cp ranks attend to each other: all-to-all over heads, or keys and values passed round."""
+    ep: int = 1
+    """Expert parallel: ranks, among those with different tokens, that share the experts."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages of each pipeline rank."""
+        if self.vpp is not None:
+            return self.vpp
+        return 2 if self.schedule in ("interleaved", "zero_bubble", "zbv") and self.pp > 1 else 1
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together compute one micro-batch."""
+        return self.tp * self.pp * self.cp
+
+    def problems(self) -> list[tuple[str, object, str, str]]:
+        """Values wrong in themselves, as (key, value, reason, way out)."""
+        return [
+            (f"parallel.{key}", getattr(self, key), "must be at least 1", f"parallel.{key}=1")
+            for key in ("tp", "pp", "cp", "ep", "vpp")
+            if getattr(self, key) is not None and getattr(self, key) < 1
+        ]
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How one training step is carried out by DeepSpeed and the layers."""
 

@@ -87,7 +87,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         self.model, self.cfg, self.clip, self.groups = model, cfg, clip, groups
         config = ds_config(cfg, clip, groups.device.type)
-        materialise(model, source, groups.tp, groups.device, config if cfg.zero == 3 else None)
+        materialise(model, source, groups.place().cut, groups.device, config if cfg.zero == 3 else None)
         root = model
         if cfg.precision != "fp32":
             root = Autocast(model, AUTOCAST[cfg.precision], groups.device.type)
@@ -124,7 +124,7 @@ class Engine:
         scale = self.loss_scale.value
         if self.cfg.zero and self.loss_scale.dynamic:
             self.ds.optimizer.override_loss_scale(scale)
-        weight = self.groups.dp.size * scale / count
+        weight = self.groups.data.size * scale / count
         metrics = []
         for i, micro_batch in enumerate(micro_batches):
             self.ds.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
@@ -195,7 +195,7 @@ class Engine:
     def _whole_fragments(self, once: bool) -> Iterator[Fragment]:
         # Replicated state: to save, the parameters are dealt out over the ranks.
         for i, (name, param) in enumerate(self.model.named_parameters()):
-            if not once or i % self.groups.dp.size == self.groups.dp.rank:
+            if not once or i % self.groups.data.size == self.groups.data.rank:
                 state = self.optimizer.state[param]
                 yield Fragment(name, 0, param.detach().view(-1), {k: state[k].view(-1) for k in STATE_KEYS})
 
@@ -214,7 +214,7 @@ class Engine:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         for name, param in self._named():
-            start = self.groups.dp.rank * param.ds_tensor.ds_numel
+            start = self.groups.data.rank * param.ds_tensor.ds_numel
             numel = min(param.ds_tensor.ds_numel, param.ds_numel - start)  # the last rank's share ends in padding
             if numel > 0:
                 cut = [safe_get_local_optimizer_state(param, k).view(-1)[:numel] for k in STATE_KEYS]

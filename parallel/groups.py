@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel.config import ParallelConfig
 from parallel.host_memory import keep_freed_memory
-from parallel.sharding import Axis
+from parallel.sharding import Axis, Place
 
+ALL_DATA = ParallelConfig()
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -41,18 +43,36 @@ class LauncherRanks:
 
 @dataclass(frozen=True)
 class Groups:
-    """The axes of the run. ``dp`` holds ranks with the same weights and different data; ``tp`` cuts a layer."""
+    """The axes of the run. Ranks count tp fastest, then cp, then dp, then pp."""
 
     rank: int
     world: int
     device: torch.device
     dp: Axis
+    """Ranks with the same weights and different rows."""
     tp: Axis = field(default_factory=Axis)
+    """Ranks that share each layer."""
+    pp: Axis = field(default_factory=Axis)
+    """Ranks that hold consecutive stages of the model."""
+    cp: Axis = field(default_factory=Axis)
+    """Ranks that share the tokens of a micro-batch."""
+    data: Axis = field(default_factory=Axis)
+    """dp x cp: ranks with the same weights and different tokens, over which gradients are summed."""
+    ep: Axis = field(default_factory=Axis)
+    """Ranks of `data`, neighbours, that share the experts."""
+    expert_data: Axis = field(default_factory=Axis)
+    """Ranks of `data` that hold the same experts."""
+    model: Axis = field(default_factory=Axis)
+    """tp x pp: ranks that hold different parts of the weights."""
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes shared files."""
         return self.rank == 0
+
+    def place(self, layout: ParallelConfig = ALL_DATA) -> Place:
+        """Where this rank's layers run."""
+        return Place(self.tp, self.cp, self.ep, layout.sequence_parallel, layout.context)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in rank order (``all_gather_object``; keys may differ between ranks)."""
@@ -63,11 +83,11 @@ class Groups:
         return gathered
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over the data-parallel ranks, in float64."""
-        if self.dp.size == 1:
+        """Element-wise sum over the ranks with different tokens (dp x cp), in float64."""
+        if self.data.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.dp.group)
+        dist.all_reduce(total, group=self.data.group)
         return total.tolist()
 
     def barrier(self) -> None:
@@ -76,11 +96,12 @@ class Groups:
             dist.barrier()
 
 
-def build_groups(ranks: LauncherRanks, timeout_s: float) -> Groups:
+def build_groups(ranks: LauncherRanks, timeout_s: float, layout: ParallelConfig = ALL_DATA) -> Groups:
     """Join the process group and lay the axes over it.
 
     Args:
         ranks: what the launcher said.
+        layout: the parallel section; what it leaves over of the ranks is data parallel.
         timeout_s: seconds a collective may wait before the job ends with an error.
     """
     use_cuda = torch.cuda.is_available()
@@ -100,8 +121,42 @@ def build_groups(ranks: LauncherRanks, timeout_s: float) -> Groups:
             world_size=ranks.world,
             timeout=timedelta(seconds=timeout_s),
         )
-    dp = Axis(size=ranks.world, rank=ranks.rank, group=dist.group.WORLD)
-    return Groups(rank=ranks.rank, world=ranks.world, device=device, dp=dp)
+    return Groups(ranks.rank, ranks.world, device, **_axes(ranks, layout))
+
+
+def _axes(ranks: LauncherRanks, layout: ParallelConfig) -> dict[str, Axis]:
+    """Every axis of this rank. All ranks make all process groups, in the same order."""
+    assert ranks.world % layout.model_ranks == 0, f"{layout} does not divide {ranks.world} ranks"
+    dp = ranks.world // layout.model_ranks
+    assert dp * layout.cp % layout.ep == 0, f"{layout} does not divide {dp * layout.cp} ranks with different tokens"
+    grid = torch.arange(ranks.world).view(layout.pp, dp, layout.cp, layout.tp)
+    by_tokens = grid.flatten(1, 2)  # [pp, dp x cp, tp]
+    experts = by_tokens.unflatten(1, (-1, layout.ep))  # [pp, expert data, ep, tp]
+    lines = {
+        "tp": grid.flatten(0, 2),
+        "cp": grid.transpose(2, 3).flatten(0, 2),
+        "dp": grid.permute(0, 2, 3, 1).flatten(0, 2),
+        "pp": grid.permute(1, 2, 3, 0).flatten(0, 2),
+        "data": by_tokens.transpose(1, 2).flatten(0, 1),
+        "ep": experts.transpose(2, 3).flatten(0, 2),
+        "expert_data": experts.permute(0, 2, 3, 1).flatten(0, 2),
+        "model": grid.permute(1, 2, 0, 3).flatten(0, 1).flatten(1),
+    }
+    return {name: _axis(name, lines[name].tolist(), ranks) for name in lines}
+
+
+def _axis(name: str, lines: list[list[int]], ranks: LauncherRanks) -> Axis:
+    """The one of `lines` that this rank is on, as an axis with its process group.
+
+    A line of one rank needs no group, except where DeepSpeed asks for one.
+    """
+    mine = next(line for line in lines if ranks.rank in line)
+    if len(mine) == 1 and name not in ("data", "expert_data", "model"):
+        return Axis()
+    if len(mine) == ranks.world and mine == sorted(mine):
+        return Axis(len(mine), mine.index(ranks.rank), dist.group.WORLD)
+    groups: list[Any] = [dist.new_group(line) for line in lines]
+    return Axis(len(mine), mine.index(ranks.rank), groups[lines.index(mine)])
 
 
 def leave_groups() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from parallel.collectives import all_reduce
 from parallel.matmul import compute_dtype, product_nt_fp32
-from parallel.sharding import SINGLE, Axis
+from parallel.sharding import ALONE, Axis
 
 IGNORE = -100
 # A product is added to the weight gradient in row blocks of this many elements, so that it needs no second gradient.
@@ -107,7 +107,7 @@ def linear_loss(
     targets_T: torch.Tensor,
     scale: float = 1.0,
     chunk: int = 1024,
-    axis: Axis = SINGLE,
+    axis: Axis = ALONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of `softmax(hidden @ weight.T)` against `targets_T` (-100 = no target).
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from parallel.sharding import Axis
+from parallel.sharding import Cut
 
 
 class TensorSource(Protocol):
@@ -18,17 +18,17 @@ class TensorSource(Protocol):
         ...
 
 
-def fill_(param: nn.Parameter, whole: torch.Tensor, tp: Axis, device: torch.device) -> None:
+def fill_(param: nn.Parameter, whole: torch.Tensor, cut: Cut, device: torch.device) -> None:
     """Turn a meta parameter into real fp32 values in place, keeping its identity (ties) and its attributes.
 
     Args:
         param: a parameter on the meta device carrying ``param.shard``.
         whole: the uncut tensor.
-        tp: the axis along which ``param.shard`` cuts.
+        cut: which part of it this rank holds.
         device: where the values will live.
     """
     attributes = dict(param.__dict__)
-    local = param.__dict__["shard"].slice(whole, tp.size, tp.rank).to(device=device, dtype=torch.float32)
+    local = param.__dict__["shard"].slice(whole, cut).to(device=device, dtype=torch.float32)
     assert local.shape == param.shape, f"source gave {tuple(local.shape)} for a parameter of shape {tuple(param.shape)}"
     fresh = nn.Parameter(local.contiguous(), requires_grad=param.requires_grad)
     torch.utils.swap_tensors(param, fresh)
@@ -36,7 +36,7 @@ def fill_(param: nn.Parameter, whole: torch.Tensor, tp: Axis, device: torch.devi
 
 
 def materialise(
-    model: nn.Module, source: TensorSource, tp: Axis, device: torch.device, zero_config: Any = None
+    model: nn.Module, source: TensorSource, cut: Cut, device: torch.device, zero_config: Any = None
 ) -> None:
     """Fill every parameter of ``model`` from ``source``.
 
@@ -48,7 +48,7 @@ def materialise(
     for module in model.modules():
         fresh = [p for p in module.parameters(recurse=False) if id(p) not in done]
         for param in fresh:
-            fill_(param, source.tensor(names[id(param)]), tp, device)
+            fill_(param, source.tensor(names[id(param)]), cut, device)
             done.add(id(param))
         if fresh and zero_config is not None:
             partition_leaf(module, zero_config)

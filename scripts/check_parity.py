@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from convert.from_hf import HFSource
 from models import Decoder, Runtime, build, config_from_hf_folder
 from parallel.materialise import materialise
-from parallel.sharding import SINGLE
+from parallel.sharding import SINGLE, WHOLE
 
 TOLERANCE = 1e-5
 TEXTS = (
@@ -39,7 +39,7 @@ def load_ours(folder: str, attention: Any) -> Decoder:
     source = HFSource(folder, cfg)
     source.check()
     model = build(cfg, SINGLE, Runtime(attention=attention))
-    materialise(model, source, SINGLE, torch.device("cpu"))
+    materialise(model, source, WHOLE, torch.device("cpu"))
     return model
 
 

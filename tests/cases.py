@@ -170,7 +170,7 @@ def checkpoint_logits(run: str, ids_T: torch.Tensor) -> torch.Tensor:
     """fp32 logits [T, V] of our own model with the weights of a run's latest checkpoint."""
     from models import build
     from parallel.materialise import materialise
-    from parallel.sharding import Axis
+    from parallel.sharding import WHOLE
     from trainer import typed
 
     folder = checkpoint.find_latest(Path(run) / "checkpoints")
@@ -179,6 +179,6 @@ def checkpoint_logits(run: str, ids_T: torch.Tensor) -> torch.Tensor:
     cfg = typed.build(ModelConfig, saved.state["model"], "model", [], {})
     assert cfg is not None
     model = build(cfg)
-    materialise(model, saved, Axis(), torch.device("cpu"))
+    materialise(model, saved, WHOLE, torch.device("cpu"))
     with torch.no_grad():
         return model(ids_T, torch.arange(len(ids_T)), [0, len(ids_T)], output="head")

@@ -40,11 +40,11 @@ def alive_while_filling(partition: bool) -> dict[str, int]:
     groups = here()
     tiny_engine(0, groups)  # an engine sets DeepSpeed up, as it does in a run before it fills a model
     cfg = dataclasses.replace(TINY, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
-    model, source = build(cfg, groups.tp), CountedSource(InitSource(cfg, 3))
+    model, source = build(cfg, groups.place()), CountedSource(InitSource(cfg, 3))
     sizes = {name: 4 * p.numel() for name, p in model.named_parameters()}
     leaves = [sum(4 * p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
-    materialise(model, source, groups.tp, groups.device, config)
+    materialise(model, source, groups.place().cut, groups.device, config)
     gc.collect()
     left = sum(source.alive.values())
     whole_parts = sum(p.numel() for p in model.parameters())
@@ -58,9 +58,9 @@ def decay_shapes(partition: bool) -> list[tuple[float, list[tuple[int, ...]]]]:
     """(decay, whole shapes) of the two optimizer groups, from a model that is partitioned or not."""
     groups = here()
     tiny_engine(0, groups)  # sets DeepSpeed up
-    model = build(TINY, groups.tp)
+    model = build(TINY, groups.place())
     config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
-    materialise(model, InitSource(TINY, 3), groups.tp, groups.device, config)
+    materialise(model, InitSource(TINY, 3), groups.place().cut, groups.device, config)
     pair: list[dict[str, Any]] = [dict(group) for group in decay_groups(model, 0.1)]
     return [
         (float(g["weight_decay"]), sorted(tuple(getattr(p, "ds_shape", p.shape)) for p in g["params"])) for g in pair

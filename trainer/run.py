@@ -102,7 +102,7 @@ def make_engine(
     budget = GPU_LOGITS_BYTES if groups.device.type == "cuda" else CPU_LOGITS_BYTES
     chunk = engine_cfg.loss_chunk or max(budget // (4 * model_cfg.vocab_size), 64)
     runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk)
-    model = models.build(model_cfg, groups.tp, runtime)
+    model = models.build(model_cfg, groups.place(), runtime)
     adamw = functools.partial(_adamw, optim)
     return Engine(model, source, adamw, engine_cfg, optim.clip, groups, layer_types=[Layer])
 

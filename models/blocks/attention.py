@@ -21,7 +21,7 @@ from models.blocks.sdpa_cpu import cpu_attention
 from models.config import ModelConfig
 from parallel.layers import ColumnLinear, RowLinear
 from parallel.matmul import Again
-from parallel.sharding import Axis
+from parallel.sharding import Place
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,15 @@ BACK_ENDS: dict[str, Callable[[torch.Tensor, Packing, Heads], torch.Tensor]] = {
 class Attention(nn.Module):
     """normed [T, D] -> residual + out(attention(q, k, v))."""
 
-    def __init__(self, cfg: ModelConfig, layer: int, axis: Axis, back_end: str) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int, place: Place, back_end: str) -> None:
         super().__init__()
-        self.heads = Heads(cfg.num_heads // axis.size, cfg.num_kv_heads // axis.size, cfg.head_dim, cfg.window(layer))
+        groups = max(cfg.num_kv_heads // place.tp.size, 1)  # fewer groups than ranks: each lies on several
+        self.heads = Heads(cfg.num_heads // place.tp.size, groups, cfg.head_dim, cfg.window(layer))
         self.back_end = BACK_ENDS[back_end]
-        self.qkv = ColumnLinear(cfg.hidden_size, cfg.qkv_parts, cfg.qkv_bias, "normal", axis)
-        self.out = RowLinear(cfg.qkv_parts[0], cfg.hidden_size, cfg.attention_out_bias, "normal_residual", axis)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, axis) if cfg.qk_norm else None
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, axis) if cfg.qk_norm else None
+        self.qkv = ColumnLinear(cfg.hidden_size, cfg.qkv_parts, cfg.qkv_bias, "normal", place)
+        self.out = RowLinear(cfg.qkv_parts[0], cfg.hidden_size, cfg.attention_out_bias, "normal_residual", place)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place, partial=True) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place, partial=True) if cfg.qk_norm else None
 
     def forward(
         self, normed_TD: torch.Tensor, residual_TD: torch.Tensor, again: Again | None, packing: Packing

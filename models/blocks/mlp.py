@@ -8,7 +8,7 @@ from torch import nn
 from models.config import ModelConfig
 from parallel.layers import ColumnLinear, RowLinear
 from parallel.matmul import Again
-from parallel.sharding import Axis
+from parallel.sharding import Place
 
 
 def swiglu_product(gate_up: torch.Tensor) -> torch.Tensor:
@@ -40,12 +40,12 @@ class _Swiglu(torch.autograd.Function):
 class SwiGLU(nn.Module):
     """hidden [T, D] -> residual + down(silu(gate) * up)."""
 
-    def __init__(self, cfg: ModelConfig, axis: Axis, selective: bool) -> None:
+    def __init__(self, cfg: ModelConfig, place: Place, selective: bool) -> None:
         super().__init__()
         ffn = cfg.intermediate_size
         self.selective = selective
-        self.gate_up = ColumnLinear(cfg.hidden_size, (ffn, ffn), cfg.mlp_bias, "normal", axis)
-        self.down = RowLinear(ffn, cfg.hidden_size, cfg.mlp_bias, "normal_residual", axis)
+        self.gate_up = ColumnLinear(cfg.hidden_size, (ffn, ffn), cfg.mlp_bias, "normal", place)
+        self.down = RowLinear(ffn, cfg.hidden_size, cfg.mlp_bias, "normal_residual", place)
 
     def forward(self, normed_TD: torch.Tensor, residual_TD: torch.Tensor, again: Again | None) -> torch.Tensor:
         gate_up = self.gate_up(normed_TD, again)

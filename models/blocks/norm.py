@@ -7,7 +7,7 @@ from torch import nn
 
 from parallel.layers import parameter
 from parallel.matmul import Again, compute_dtype
-from parallel.sharding import REPLICATED, Axis
+from parallel.sharding import REPLICATED, Place
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -43,12 +43,15 @@ def scaled(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, dtype: tor
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dim, [..., D] -> [..., D], computed in fp32, given in the dtype of the next product."""
+    """RMSNorm over the last dim, [..., D] -> [..., D], computed in fp32, given in the dtype of the next product.
 
-    def __init__(self, dim: int, eps: float, axis: Axis) -> None:
+    `partial`: each tp rank norms other rows or heads, so the weight's gradient is summed over tp.
+    """
+
+    def __init__(self, dim: int, eps: float, place: Place, partial: bool = False) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = parameter((dim,), REPLICATED, "ones", axis)
+        self.weight = parameter((dim,), REPLICATED, "ones", place, partial)
 
     def forward(self, x: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, Again | None]:
         """The normed tensor and, if asked, how to make it again without this module's weight being gathered."""

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from models import FAMILIES, ModelConfig, Runtime, build
 from models.init import InitSource
 from parallel.materialise import materialise
-from parallel.sharding import SINGLE
+from parallel.sharding import SINGLE, WHOLE
 from scripts.params import load_model
 
 ROWS, SEQ = 2, 512
@@ -29,7 +29,7 @@ ROWS, SEQ = 2, 512
 def ours(cfg: ModelConfig, recompute: Any, chunk: int) -> Callable[[torch.Tensor], float]:
     """A training step of the decoder on tokens [rows, seq + 1]."""
     model = build(cfg, SINGLE, Runtime("sdpa", recompute, chunk))
-    materialise(model, InitSource(cfg, 0), SINGLE, torch.device("cpu"))
+    materialise(model, InitSource(cfg, 0), WHOLE, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     positions = torch.arange(SEQ).repeat(ROWS)
     borders = [SEQ * i for i in range(ROWS + 1)]

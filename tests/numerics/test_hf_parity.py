@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from convert.from_hf import HFSource, weight_rules
 from models import FAMILIES, Decoder, ModelConfig, RopeConfig, Runtime, build, config_from_hf_folder
 from parallel.materialise import materialise
-from parallel.sharding import SINGLE
+from parallel.sharding import SINGLE, WHOLE
 from scripts.params import load_model
 
 TINY = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("tiny_*.yaml"))
@@ -57,7 +57,7 @@ def load_ours(folder: Path, cfg: ModelConfig, runtime: Runtime) -> Decoder:
     source = HFSource(folder, cfg)
     source.check()
     model = build(cfg, SINGLE, runtime)
-    materialise(model, source, SINGLE, torch.device("cpu"))
+    materialise(model, source, WHOLE, torch.device("cpu"))
     return model
 
 

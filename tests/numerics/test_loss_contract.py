@@ -9,7 +9,7 @@ from models import build
 from models.init import InitSource
 from parallel.groups import Groups
 from parallel.materialise import materialise
-from parallel.sharding import Axis
+from parallel.sharding import WHOLE, Axis
 from tests import cases
 
 CUTS = [  # (processes, rows of a micro-batch): 8 rows a step, accumulation follows
@@ -25,7 +25,7 @@ def plain_reference(steps: int) -> dict:
     """The same training without engine, micro-batches or DeepSpeed: one batch, one loss, torch's AdamW."""
     groups = Groups(0, 1, torch.device("cpu"), Axis())
     model = build(cases.TINY)
-    materialise(model, InitSource(cases.TINY, seed=3), Axis(), torch.device("cpu"))
+    materialise(model, InitSource(cases.TINY, seed=3), WHOLE, torch.device("cpu"))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     adamw = torch.optim.AdamW(

@@ -39,12 +39,8 @@ class NextToken:
         Returns:
             (loss, sums_C2): a differentiable scalar; float64 sum of token losses and number of tokens by channel.
         """
-        loss, loss_T = model(
-            batch.tokens_T, batch.positions_T, batch.cu_seqlens, batch.max_seqlen, batch.targets_T, loss_weight=weight
-        )
-        lengths_N = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).to(loss_T.device)
-        channel_T = torch.repeat_interleave(batch.doc_channel_N.to(loss_T.device), lengths_N)
+        loss, loss_T = model(**batch.inputs, targets_T=batch.targets_T, loss_weight=weight)
         valid_T = batch.targets_T != -100
         terms_T2 = torch.stack([loss_T.double(), valid_T.double()], dim=1)
         sums_C2 = torch.zeros(self.num_channels, 2, dtype=torch.float64, device=loss_T.device)
-        return loss, sums_C2.index_add_(0, channel_T, terms_T2)
+        return loss, sums_C2.index_add_(0, batch.channel_T, terms_T2)

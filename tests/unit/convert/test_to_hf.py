@@ -15,7 +15,7 @@ from convert.to_hf import export
 from models import ModelConfig, build, config_from_hf_folder
 from models.init import InitSource
 from parallel.materialise import materialise
-from parallel.sharding import SINGLE as ALONE
+from parallel.sharding import WHOLE
 
 SIZES = (40, 16, 24, 2, 4, 2, 4, 64)
 CFG = ModelConfig("llama", *SIZES, init_std=0.2)
@@ -50,7 +50,7 @@ def test_transformers_loads_it_with_equal_logits(tmp_path: Path, shard_bytes: in
     theirs, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ours = build(CFG)
-    materialise(ours, HFSource(folder, CFG), ALONE, torch.device("cpu"))
+    materialise(ours, HFSource(folder, CFG), WHOLE, torch.device("cpu"))
     tokens = torch.randint(0, 40, (20,))
     with torch.no_grad():
         expected, got = theirs(tokens[None]).logits[0], ours(tokens, torch.arange(20), [0, 20], output="head")
@@ -98,7 +98,7 @@ def test_scalar_head_becomes_a_classifier(tmp_path: Path) -> None:
     theirs = AutoModelForSequenceClassification.from_pretrained(folder)
     theirs.config.pad_token_id = 0
     ours = build(cfg)
-    materialise(ours, HFSource(folder, cfg), ALONE, torch.device("cpu"))
+    materialise(ours, HFSource(folder, cfg), WHOLE, torch.device("cpu"))
     tokens = torch.randint(1, 40, (9,))
     with torch.no_grad():
         expected = theirs(tokens[None]).logits[0, 0]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import Decoder, ModelConfig, Runtime, build
 from models.init import InitSource
 from parallel.materialise import materialise
-from parallel.sharding import SINGLE
+from parallel.sharding import SINGLE, WHOLE
 
 SIZES = (96, 64, 176, 2, 4, 2, 16, 256)
 LLAMA = ModelConfig("llama", *SIZES, init_std=0.2)
@@ -29,7 +29,7 @@ PLAIN = Runtime()
 
 def make(cfg: ModelConfig, runtime: Runtime = PLAIN) -> Decoder:
     model = build(cfg, SINGLE, runtime)
-    materialise(model, InitSource(cfg, 0), SINGLE, torch.device("cpu"))
+    materialise(model, InitSource(cfg, 0), WHOLE, torch.device("cpu"))
     return model
 
 
@@ -71,7 +71,7 @@ def test_hidden_is_what_the_head_sees() -> None:
     *inputs, _ = batch()
     with torch.no_grad():
         hidden, logits = model(*inputs), model(*inputs, output="head")
-    torch.testing.assert_close(hidden @ model.head.weight.T, logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(hidden @ model.get_parameter("head.weight").T, logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,7 +182,7 @@ def test_a_model_cast_to_bf16_runs(attention: Any) -> None:
 
 def test_tied_head_is_the_embedding() -> None:
     model = make(FAMILIES["qwen2"])
-    assert model.head.weight is model.embed.weight
+    assert model.get_parameter("head.weight") is model.get_parameter("embed.weight")
     assert "head.weight" not in dict(model.named_parameters())
     assert "head.weight" in dict(make(LLAMA).named_parameters())
 
@@ -193,7 +193,7 @@ def test_scalar_head_gives_one_fp32_number_a_token() -> None:
     *inputs, _ = batch()
     values = model(*inputs, output="head")
     assert values.shape == (64,) and values.dtype is torch.float32
-    expected = model(*inputs) @ model.head.weight[0]
+    expected = model(*inputs) @ model.get_parameter("head.weight")[0]
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
     values.sum().backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -7,7 +7,7 @@ import torch
 
 from models import ModelConfig, build
 from models.init import InitSource
-from parallel.sharding import Axis, init_of, shard_of
+from parallel.sharding import Axis, Cut, Place, init_of, shard_of
 
 CFG = ModelConfig("qwen3", 256, 64, 96, 3, 4, 2, 16, 64, qk_norm=True, init_std=0.05)
 
@@ -47,8 +47,8 @@ def test_a_draw_depends_on_name_and_seed_alone() -> None:
 def test_cut_models_are_made_of_the_same_whole_tensors() -> None:
     source = InitSource(CFG, 0)
     for rank in range(2):
-        for name, param in build(CFG, Axis(2, rank)).named_parameters():
-            assert shard_of(param).slice(source.tensor(name), 2, rank).shape == param.shape, name
+        for name, param in build(CFG, Place(tp=Axis(2, rank))).named_parameters():
+            assert shard_of(param).slice(source.tensor(name), Cut(2, rank)).shape == param.shape, name
 
 
 def test_known_value() -> None:

@@ -12,7 +12,7 @@ from models import build
 from models.init import InitSource
 from parallel.groups import Groups
 from parallel.materialise import materialise
-from parallel.sharding import Axis
+from parallel.sharding import WHOLE, Axis
 from tests import cases, engine_cases
 
 ALONE = Groups(0, 1, torch.device("cpu"), Axis())
@@ -22,7 +22,7 @@ ZERO = pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def plain(batches: list) -> tuple[dict[str, torch.Tensor], float, float]:
     """Gradient, its norm and the mean loss of these micro-batches as one batch, by torch alone."""
     model = build(cases.TINY)
-    materialise(model, InitSource(cases.TINY, seed=3), Axis(), torch.device("cpu"))
+    materialise(model, InitSource(cases.TINY, seed=3), WHOLE, torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64)
     count = sum(batch.num_targets for batch in batches)
     for batch in batches:

@@ -11,7 +11,7 @@ from torch import nn
 from models import build
 from models.init import InitSource
 from parallel.materialise import fill_, materialise
-from parallel.sharding import REPLICATED, Axis, Shard, set_layout
+from parallel.sharding import REPLICATED, WHOLE, Cut, Shard, set_layout
 from tests import cases, fill_cases
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_a_filled_parameter_is_the_same_object_with_its_records() -> None:
     vars(param)["mark"] = "kept"
     shard, identity = param.__dict__["shard"], id(param)
     whole = torch.arange(6.0).view(2, 3)
-    fill_(param, whole, Axis(), CPU)
+    fill_(param, whole, WHOLE, CPU)
     assert id(param) == identity and isinstance(param, nn.Parameter) and param.requires_grad
     assert param.__dict__["shard"] is shard
     assert (param.__dict__["init"], param.__dict__["mark"]) == ("normal", "kept")
@@ -38,14 +38,14 @@ def test_a_filled_parameter_is_the_same_object_with_its_records() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_are_fp32_whatever_the_source_holds(dtype: torch.dtype) -> None:
     param = meta((3,))
-    fill_(param, torch.tensor([1.5, -2.0, 0.25], dtype=dtype), Axis(), CPU)
+    fill_(param, torch.tensor([1.5, -2.0, 0.25], dtype=dtype), WHOLE, CPU)
     assert param.dtype is torch.float32 and param.tolist() == [1.5, -2.0, 0.25]
 
 
 def test_frozen_stays_frozen() -> None:
     param = meta((2,))
     param.requires_grad_(False)
-    fill_(param, torch.ones(2), Axis(), CPU)
+    fill_(param, torch.ones(2), WHOLE, CPU)
     assert not param.requires_grad
 
 
@@ -53,14 +53,14 @@ def test_frozen_stays_frozen() -> None:
 def test_each_rank_gets_its_own_cut(rank: int) -> None:
     """Rows q0 q1 q2 q3 k0 k1: rank r holds its half of q, then its half of k."""
     param = meta((3, 1), Shard(0, (4, 2)))
-    fill_(param, torch.arange(6.0).view(6, 1), Axis(2, rank), CPU)
+    fill_(param, torch.arange(6.0).view(6, 1), Cut(2, rank), CPU)
     assert param.flatten().tolist() == [[0.0, 1.0, 4.0], [2.0, 3.0, 5.0]][rank]
     assert param.is_contiguous()
 
 
 def test_a_wrong_shape_is_our_mistake() -> None:
     with pytest.raises(AssertionError, match=r"\(3,\) for a parameter of shape \(2,\)"):
-        fill_(meta((2,)), torch.ones(3), Axis(), CPU)
+        fill_(meta((2,)), torch.ones(3), WHOLE, CPU)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,9 +69,9 @@ def test_ties_survive_and_are_read_once(tied: bool) -> None:
     model = build(cfg)
     before = {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
     source = fill_cases.CountedSource(InitSource(cfg, 3))
-    materialise(model, source, Axis(), CPU)
+    materialise(model, source, WHOLE, CPU)
     assert {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)} == before
-    assert (model.head.weight is model.embed.weight) == tied
+    assert (model.get_parameter("head.weight") is model.get_parameter("embed.weight")) == tied
     assert source.asked == len(list(model.parameters()))
     reference = InitSource(cfg, 3)
     for name, param in model.named_parameters():
