@@ -18,7 +18,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.place, self.loss_chunk = place, loss_chunk
         shape = (cfg.vocab_size, cfg.hidden_size)
-        self.weight = parameter(shape, Shard(0, (cfg.vocab_size,)), "normal", place) if tied is None else tied
+        self.weight = parameter(shape, Shard(0, (cfg.vocab_size,), pad=True), "normal", place) if tied is None else tied
 
     def forward(
         self, hidden_TD: torch.Tensor, targets_T: torch.Tensor | None = None, loss_weight: float = 1.0

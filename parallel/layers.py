@@ -22,13 +22,16 @@ def parameter(shape: tuple[int, ...], shard: Shard, init: str, place: Place, par
 class ColumnLinear(nn.Module):
     """Linear layer cut along its outputs: x [T, in] on every rank -> [T, out / size], this rank's outputs.
 
-    `parts` are the sizes of the fused chunks of the outputs (q|k|v, gate|up); each chunk is cut by itself.
+    `parts` are the sizes of the fused chunks of the outputs (q|k|v, gate|up); each chunk is cut by itself. `units` are
+    the numbers of heads in each chunk, where it is made of heads: one with fewer heads than ranks is replicated.
     """
 
-    def __init__(self, inputs: int, parts: tuple[int, ...], bias: bool, init: str, place: Place) -> None:
+    def __init__(
+        self, inputs: int, parts: tuple[int, ...], bias: bool, init: str, place: Place, units: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.place = place
-        shard = Shard(0, parts)
+        shard = Shard(0, parts, units)
         self.weight = parameter((sum(parts), inputs), shard, init, place)
         self.bias = parameter((sum(parts),), shard, "zeros", place) if bias else None
 
@@ -59,7 +62,7 @@ class VocabEmbedding(nn.Module):
     def __init__(self, vocab: int, dim: int, init: str, place: Place) -> None:
         super().__init__()
         self.place = place
-        self.weight = parameter((vocab, dim), Shard(0, (vocab,)), init, place)
+        self.weight = parameter((vocab, dim), Shard(0, (vocab,), pad=True), init, place)
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         if self.place.tp.size == 1:

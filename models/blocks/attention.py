@@ -150,7 +150,8 @@ class Attention(nn.Module):
         groups = max(cfg.num_kv_heads // place.tp.size, 1)  # fewer groups than ranks: each lies on several
         self.heads = Heads(cfg.num_heads // place.tp.size, groups, cfg.head_dim, cfg.window(layer))
         self.back_end = BACK_ENDS[back_end]
-        self.qkv = ColumnLinear(cfg.hidden_size, cfg.qkv_parts, cfg.qkv_bias, "normal", place)
+        units = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+        self.qkv = ColumnLinear(cfg.hidden_size, cfg.qkv_parts, cfg.qkv_bias, "normal", place, units)
         self.out = RowLinear(cfg.qkv_parts[0], cfg.hidden_size, cfg.attention_out_bias, "normal_residual", place)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place, partial=True) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place, partial=True) if cfg.qk_norm else None
