@@ -10,7 +10,7 @@ from convert.hf_files import StoredTensor, read_folder
 from models import FAMILIES, build
 from models.config import ModelConfig
 from models.init import InitSource
-from models.rules import Rule, Tie
+from models.rules import Rule, Tie, Unused
 from parallel.sharding import shard_of
 
 SHOWN = 5
@@ -28,7 +28,7 @@ def weight_rules(cfg: ModelConfig) -> tuple[dict[str, Rule], set[str]]:
     for rule in FAMILIES[cfg.family].rules(cfg):
         if isinstance(rule, Tie):
             repeated.add(rule.hf)
-        else:
+        elif not isinstance(rule, Unused):
             rules[rule.ours] = rule
     return rules, repeated
 
@@ -57,6 +57,7 @@ class HFSource:
         expected = {name for rule in self._rules.values() for name in rule.sources}
         allowed = expected | self._repeated | ({"lm_head.weight", "score.weight"} - expected)
         unused = [name for name in self._stored if name not in allowed and not _is_buffer(name)]
+        unused = self._leave_out(unused)
         if unused:
             found.append(f"{len(unused)} tensors have no place in the model:{_first(unused)}")
         if found:
@@ -69,6 +70,16 @@ class HFSource:
             )
         if self._fresh is not None:
             warnings.warn(f"{self.folder} has no score.weight: the scalar head starts from fresh weights", stacklevel=2)
+
+    def _leave_out(self, names: list[str]) -> list[str]:
+        """`names` without those the family knows to have no place in the model, which are told in a warning."""
+        for rule in FAMILIES[self.cfg.family].rules(self.cfg):
+            known = [name for name in names if name.startswith(rule.prefix)] if isinstance(rule, Unused) else []
+            if isinstance(rule, Unused) and known:
+                told = f"{self.folder}: {len(known)} tensors {rule.prefix}* are left out ({rule.why})"
+                warnings.warn(told, stacklevel=3)
+                names = [name for name in names if name not in set(known)]
+        return names
 
     def _shape_problems(self) -> list[str]:
         missing: list[str] = []

@@ -79,7 +79,10 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-AI 2024, V2): keys and values come from one small latent vector a token."""
+    """Multi-head latent attention (DeepSeek-AI 2024, V2): keys and values come from one small latent vector a token.
+
+    The model's `head_dim` is that of a query and key head: nope_dim + rope_dim.
+    """
 
     kv_rank: int
     """Size of the latent keys and values are made from."""
@@ -160,7 +163,8 @@ class ModelConfig:
             near = max(n for n in range(1, min(heads, groups) + 1) if heads % n == 0)
             reason = f"the {heads} query heads (num_heads) cannot be shared out evenly over {groups} key/value heads"
             found.append(("num_kv_heads", groups, reason, f"model.num_kv_heads={near}"))
-        if self.head_dim % 2:
+        found += self._latent_problems(self.mla) if self.mla else []
+        if self.mla is None and self.head_dim % 2:
             reason = "rotary embedding turns pairs of dimensions, so the head size must be even"
             found.append(("head_dim", self.head_dim, reason, f"model.head_dim={self.head_dim + 1}"))
         if self.norm_eps <= 0:
@@ -175,6 +179,28 @@ class ModelConfig:
         if self.full_attention_layers < 0:
             reason = "counts layers from the first"
             found.append(("full_attention_layers", self.full_attention_layers, reason, "model.full_attention_layers=0"))
+        return found
+
+    def _latent_problems(self, mla: MLAConfig) -> list[Problem]:
+        found: list[Problem] = [
+            (f"mla.{key}", value, "must be at least 1", f"model.mla.{key}=1 or more")
+            for key, value in vars(mla).items()
+            if value is not None and value < 1
+        ]
+        if mla.rope_dim % 2:
+            reason = "rotary embedding turns pairs of dimensions"
+            found.append(("mla.rope_dim", mla.rope_dim, reason, f"model.mla.rope_dim={mla.rope_dim + 1}"))
+        if self.head_dim != mla.nope_dim + mla.rope_dim:
+            reason = f"a query head is mla.nope_dim={mla.nope_dim} and mla.rope_dim={mla.rope_dim} together"
+            found.append(("head_dim", self.head_dim, reason, f"model.head_dim={mla.nope_dim + mla.rope_dim}"))
+        if self.num_kv_heads != self.num_heads:
+            reason = "latent attention makes a key and a value for every query head"
+            found.append(("num_kv_heads", self.num_kv_heads, reason, f"model.num_kv_heads={self.num_heads}"))
+        if self.qk_norm:
+            found.append(("qk_norm", True, "latent attention norms its latents instead", "model.qk_norm=false"))
+        if self.sliding_window is not None:
+            reason = "latent attention has no sliding window"
+            found.append(("sliding_window", self.sliding_window, reason, "model.sliding_window=null"))
         return found
 
     def _rope_problems(self) -> list[Problem]:

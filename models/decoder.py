@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.blocks.attention import Attention, Packing
 from models.blocks.embedding import token_embedding
+from models.blocks.mla import LatentAttention
 from models.blocks.mlp import SwiGLU
 from models.blocks.norm import RMSNorm
 from models.blocks.rope import Rope
@@ -49,7 +50,11 @@ class Layer(nn.Module):
         super().__init__()
         self.selective = runtime.recompute == "selective"
         self.attn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place, place.splits_rows)
-        self.attn = Attention(cfg, index, place, runtime.attention)
+        self.attn = (
+            LatentAttention(cfg, place, runtime.attention)
+            if cfg.mla is not None
+            else Attention(cfg, index, place, runtime.attention)
+        )
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place, place.splits_rows)
         self.mlp = SwiGLU(cfg, place, self.selective)
 

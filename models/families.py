@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from models import llama, qwen2, qwen3
+from models import deepseek_v2, deepseek_v3, llama, qwen2, qwen3
 from models.config import ModelConfig, Problem
-from models.rules import Rule, Tie
+from models.rules import Rule, Tie, Unused
 
 
 class Family(Protocol):
@@ -22,7 +22,7 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def rules(cfg: ModelConfig) -> Iterator[Rule | Tie]:
+    def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
         """Where each weight lies in a Hugging Face checkpoint."""
         ...
 
@@ -32,7 +32,13 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, Family] = {
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+}
 
 
 def problems(cfg: ModelConfig) -> list[Problem]:

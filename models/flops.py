@@ -12,9 +12,19 @@ from models.config import ModelConfig
 
 def matmul_params(cfg: ModelConfig) -> int:
     """Weights every token is multiplied with: all linear layers, without embedding, norms, biases and head."""
-    q, k, v = cfg.qkv_parts
-    attention = cfg.hidden_size * (q + k + v) + q * cfg.hidden_size
+    attention = _attention_params(cfg)
     return cfg.num_layers * (attention + 3 * cfg.hidden_size * cfg.intermediate_size)
+
+
+def _attention_params(cfg: ModelConfig) -> int:
+    hidden, heads, mla = cfg.hidden_size, cfg.num_heads, cfg.mla
+    if mla is None:
+        q, k, v = cfg.qkv_parts
+        return hidden * (q + k + v) + q * hidden
+    queries = heads * cfg.head_dim
+    q = hidden * queries if mla.q_rank is None else mla.q_rank * (hidden + queries)
+    kv = hidden * (mla.kv_rank + mla.rope_dim) + mla.kv_rank * heads * (mla.nope_dim + mla.value_dim)
+    return q + kv + heads * mla.value_dim * hidden
 
 
 def attended_pairs(length: int, window: int | None) -> int:
@@ -26,8 +36,9 @@ def attended_pairs(length: int, window: int | None) -> int:
 def step_flops(cfg: ModelConfig, doc_lengths: Sequence[int], supervised_tokens: int) -> float:
     """Forward and backward over documents of `doc_lengths` tokens, of which `supervised_tokens` reach the head.
 
-    = 6 N T  +  6 V D S  +  12 H K sum of query-key pairs over layers and documents
-    (a pair costs 2 K for the score and 2 K for the value per query head, times 3 with the backward).
+    = 6 N T  +  6 V D S  +  6 H (K + K') sum of query-key pairs over layers and documents
+    (a pair costs 2 K for the score and 2 K' for the value per query head, K' the value's head size, times 3 with the
+    backward).
     """
     linear = 6.0 * matmul_params(cfg) * sum(doc_lengths)
     outputs = cfg.vocab_size if cfg.head == "lm" else 1
@@ -35,4 +46,5 @@ def step_flops(cfg: ModelConfig, doc_lengths: Sequence[int], supervised_tokens: 
     windows = [cfg.window(layer) for layer in range(cfg.num_layers)]
     counts = {window: windows.count(window) for window in set(windows)}
     pairs = sum(n * attended_pairs(length, window) for window, n in counts.items() for length in doc_lengths)
-    return linear + head + 12.0 * cfg.num_heads * cfg.head_dim * pairs
+    value_dim = cfg.mla.value_dim if cfg.mla else cfg.head_dim
+    return linear + head + 6.0 * cfg.num_heads * (cfg.head_dim + value_dim) * pairs

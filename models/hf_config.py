@@ -41,6 +41,9 @@ def shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"config.json asks for hidden_act={activation!r}; the decoder has silu (SwiGLU) only")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ValueError(f"config.json says the weights are quantised ({method}); convert them to bf16 first")
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     architectures = config.get("architectures") or []
     return {

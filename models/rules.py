@@ -70,6 +70,14 @@ class Tie:
     hf: str
 
 
+@dataclass(frozen=True)
+class Unused:
+    """Tensors of a checkpoint whose names start with `prefix` have no place in the model: not read, not written."""
+
+    prefix: str
+    why: str
+
+
 def llama_rules(cfg: ModelConfig) -> Iterator[Rule | Tie]:
     """The names of Llama, which Qwen2 and Qwen3 share; biases and q/k norms where the config has them."""
     yield Rename("embed.weight", "model.embed_tokens.weight")
@@ -85,18 +93,36 @@ def llama_rules(cfg: ModelConfig) -> Iterator[Rule | Tie]:
 
 
 def _layer_rules(cfg: ModelConfig, ours: str, hf: str) -> Iterator[Rule]:
-    qkv = tuple(f"{hf}self_attn.{x}_proj" for x in "qkv")
     gate_up = (f"{hf}mlp.gate_proj", f"{hf}mlp.up_proj")
     halves = (cfg.intermediate_size, cfg.intermediate_size)
     yield Rename(f"{ours}attn_norm.weight", f"{hf}input_layernorm.weight")
-    for kind in ("weight", "bias") if cfg.qkv_bias else ("weight",):
-        yield Concat(f"{ours}attn.qkv.{kind}", tuple(f"{name}.{kind}" for name in qkv), cfg.qkv_parts)
-    for kind in ("weight", "bias") if cfg.attention_out_bias else ("weight",):
-        yield Rename(f"{ours}attn.out.{kind}", f"{hf}self_attn.o_proj.{kind}")
-    if cfg.qk_norm:
-        yield Rename(f"{ours}attn.q_norm.weight", f"{hf}self_attn.q_norm.weight")
-        yield Rename(f"{ours}attn.k_norm.weight", f"{hf}self_attn.k_norm.weight")
+    yield from (_latent_rules if cfg.mla else _attention_rules)(cfg, f"{ours}attn.", f"{hf}self_attn.")
     yield Rename(f"{ours}mlp_norm.weight", f"{hf}post_attention_layernorm.weight")
     for kind in ("weight", "bias") if cfg.mlp_bias else ("weight",):
         yield Concat(f"{ours}mlp.gate_up.{kind}", tuple(f"{name}.{kind}" for name in gate_up), halves)
         yield Rename(f"{ours}mlp.down.{kind}", f"{hf}mlp.down_proj.{kind}")
+
+
+def _attention_rules(cfg: ModelConfig, ours: str, hf: str) -> Iterator[Rule]:
+    qkv = tuple(f"{hf}{x}_proj" for x in "qkv")
+    for kind in ("weight", "bias") if cfg.qkv_bias else ("weight",):
+        yield Concat(f"{ours}qkv.{kind}", tuple(f"{name}.{kind}" for name in qkv), cfg.qkv_parts)
+    for kind in ("weight", "bias") if cfg.attention_out_bias else ("weight",):
+        yield Rename(f"{ours}out.{kind}", f"{hf}o_proj.{kind}")
+    if cfg.qk_norm:
+        yield Rename(f"{ours}q_norm.weight", f"{hf}q_norm.weight")
+        yield Rename(f"{ours}k_norm.weight", f"{hf}k_norm.weight")
+
+
+def _latent_rules(cfg: ModelConfig, ours: str, hf: str) -> Iterator[Rule]:
+    """Multi-head latent attention as DeepSeek names it. Biases only where hidden states go in and come out."""
+    assert cfg.mla is not None
+    names = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "out": "o_proj"}
+    if cfg.mla.q_rank is None:
+        names |= {"q_up": "q_proj"}
+    else:
+        names |= {"q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
+    biased = {"q_down": cfg.qkv_bias, "kv_down": cfg.qkv_bias, "out": cfg.attention_out_bias}
+    for name, theirs in names.items():
+        for kind in ("weight", "bias") if biased.get(name, False) else ("weight",):
+            yield Rename(f"{ours}{name}.{kind}", f"{hf}{theirs}.{kind}")

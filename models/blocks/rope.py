@@ -17,7 +17,7 @@ class Rope:
     """cos and sin of a model's positions. Not a module: no weights, and fp32 whatever the model is cast to."""
 
     def __init__(self, cfg: ModelConfig) -> None:
-        self.rope, self.head_dim = cfg.rope, cfg.head_dim
+        self.rope, self.head_dim = cfg.rope, cfg.mla.rope_dim if cfg.mla else cfg.head_dim
         self.trained_len = cfg.rope.original_max_seq_len or cfg.max_seq_len
         self._frequencies: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -94,12 +94,20 @@ def attention_factor(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
 
-    def mscale(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
-
     if rope.mscale and rope.mscale_all_dim:
-        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return mscale(1.0)
+        return _mscale(rope, rope.mscale) / _mscale(rope, rope.mscale_all_dim)
+    return _mscale(rope, 1.0)
+
+
+def score_factor(rope: RopeConfig) -> float:
+    """What DeepSeek multiplies the scores of whole heads with under yarn (`mscale_all_dim`), else 1."""
+    if rope.scaling != "yarn" or not rope.mscale_all_dim:
+        return 1.0
+    return _mscale(rope, rope.mscale_all_dim) ** 2
+
+
+def _mscale(rope: RopeConfig, weight: float) -> float:
+    return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
 
 
 def rotate_(heads_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -109,12 +117,27 @@ def rotate_(heads_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> No
 
 def rotate_into(out_THK: torch.Tensor, heads_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Write the turned heads into `out_THK` (which may be `heads_THK`)."""
-    a, b = heads_THK.chunk(2, -1)
-    out_a, out_b = out_THK.chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
+    _turn(heads_THK.chunk(2, -1), out_THK.chunk(2, -1), cos[:, None], sin[:, None])
+
+
+def rotate_pairs_into(out_THK: torch.Tensor, heads_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """The same with neighbours of K as pairs (a, b): DeepSeek's layout."""
+    pairs, out = (x.unflatten(-1, (-1, 2)).unbind(-1) for x in (heads_THK, out_THK))
+    _turn(pairs, out, cos[:, None], sin[:, None])
+
+
+def _turn(ab: Sequence[torch.Tensor], out: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor) -> None:
+    (a, b), (out_a, out_b) = ab, out
     turned = a * sin
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=out_b).add_(turned)
+
+
+def turned_pairs(heads_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate_pairs_into` a new tensor, differentiable."""
+    a, b = heads_THK.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 class _RotateQK(torch.autograd.Function):
