@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.blocks.attention import Attention, Packing
+from models.blocks.context import Context
 from models.blocks.embedding import token_embedding
 from models.blocks.mla import LatentAttention
 from models.blocks.mlp import SwiGLU
@@ -23,7 +24,7 @@ from models.blocks.norm import RMSNorm
 from models.blocks.rope import Rope
 from models.config import ModelConfig, Runtime
 from models.heads import LMHead, ScalarHead
-from parallel.sharding import SINGLE, Place
+from parallel.sharding import SINGLE, Place, tie_ends
 
 PLAIN = Runtime()
 
@@ -73,6 +74,8 @@ class Decoder(nn.Module):
         self.cfg, self.place, self.runtime, self.chunk = cfg, place, runtime, chunk
         self.rope = Rope(cfg)
         self.embed = token_embedding(cfg, place) if chunk.embeds else None
+        if cfg.tied_embeddings and cfg.head == "lm" and self.embed is not None and not chunk.heads:
+            tie_ends(self.embed.weight, None, "embed.weight")
         # A dict by layer number, so that names stay those of the whole model.
         self.layers = nn.ModuleDict({str(i): Layer(cfg, i, place, runtime) for i in range(chunk.first, chunk.stop)})
         self.norm: RMSNorm | None = None
@@ -82,6 +85,8 @@ class Decoder(nn.Module):
         if chunk.heads and cfg.head == "lm":
             tied = self.embed.weight if cfg.tied_embeddings and self.embed is not None else None
             self.head = LMHead(cfg, place, runtime.loss_chunk, tied)
+            if cfg.tied_embeddings and tied is None:
+                tie_ends(None, self.head.weight, "embed.weight")
         elif chunk.heads:
             self.head = ScalarHead(cfg, place)
 
@@ -101,7 +106,8 @@ class Decoder(nn.Module):
 
         Args:
             tokens_T, positions_T: int64 [T]; positions restart at each document.
-            cu_seqlens: borders of the documents, [N + 1], starting with 0 and ending with T; on the CPU.
+            cu_seqlens: borders of the documents, [N + 1], starting with 0 and ending with T; on the CPU. With context
+                parallel of all ranks' tokens, of which those here are given (`parallel.context.token_ranges`).
             max_seqlen: longest document; taken from `cu_seqlens`, so it may be left out.
             targets_T: int64 [T], -100 where there is none; asks for the loss.
             loss_weight: what the sum of token losses is multiplied with.
@@ -142,12 +148,19 @@ class Decoder(nn.Module):
         self, tokens_T: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor | Sequence[int]
     ) -> Packing:
         borders = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, torch.Tensor) else tuple(cu_seqlens)
-        assert borders[0] == 0 and borders[-1] == tokens_T.shape[0], (
-            f"borders {borders} do not cover {tokens_T.shape[0]}"
-        )
         lengths = [b - a for a, b in pairwise(borders)]
-        cos_TK, sin_TK = self.rope.tables(positions_T, lengths)
-        return Packing.of(cos_TK, sin_TK, borders, {self.cfg.window(int(i)) for i in self.layers})
+        windows = {self.cfg.window(int(i)) for i in self.layers}
+        place, context, here = self.place, None, lengths
+        if place.cp.size > 1:
+            context = Context.of(place.cp, place.context, borders, windows, tokens_T.device)
+            here = context.lengths_here
+        assert borders[0] == 0 and sum(here) == tokens_T.shape[0], (
+            f"borders {borders} not of {tokens_T.shape[0]} tokens"
+        )
+        if context is not None and context.kind == "ulysses":  # attention sees all tokens
+            positions_T, here = torch.cat([torch.arange(n, device=tokens_T.device) for n in lengths]), lengths
+        cos_TK, sin_TK = self.rope.tables(positions_T, lengths, here)
+        return Packing.of(cos_TK, sin_TK, borders, windows, context)
 
 
 def build(cfg: ModelConfig, place: Place = SINGLE, runtime: Runtime = PLAIN, chunk: Chunk | None = None) -> Decoder:

@@ -1,51 +1,43 @@
-"""One face over DeepSpeed: train a step, run forward only, and show this rank's share of the training state.
+"""One face over DeepSpeed and the pipeline: train a step, run forward only, show this rank's share of the state.
 
 The engine knows the layout, not the loss. It owns the one scaling of the loss: DeepSpeed averages gradients over the
-data-parallel ranks, so a loss that is a sum over tokens is weighted by (ranks / valid tokens of the global batch).
+ranks with different tokens, so a loss that is a sum over tokens is weighted by (ranks / valid tokens of the global
+batch).
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from parallel.config import EngineConfig
+from parallel.config import EngineConfig, ParallelConfig
+from parallel.deepspeed_setup import import_deepspeed, mark_experts, start
 from parallel.ds_config import ds_config
-from parallel.groups import Groups
+from parallel.gradients import global_norm, sum_over_tp
+from parallel.groups import ALL_DATA, Groups
 from parallel.loss_scale import LossScale
 from parallel.materialise import TensorSource, materialise
+from parallel.sharding import name_of
+from parallel.state import Fragment, TrainingState
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Forward = Callable[[Any, Any, float], Any]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step says: the metrics each micro-batch returned, the gradient norm before clipping."""
+    """What one optimizer step says: the metrics each micro-batch returned (on the ranks that report), the gradient
+    norm before clipping."""
 
     metrics: list[Any]
     grad_norm: float
     skipped: bool
     loss_scale: float
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A flat range of one parameter owned by this rank, as views into the live training state.
-
-    ``start`` counts elements of the flattened parameter; ``master`` and the optimizer states are 1-D fp32 views.
-    """
-
-    name: str
-    start: int
-    master: torch.Tensor
-    states: dict[str, torch.Tensor]
 
 
 class Autocast(nn.Module):
@@ -62,47 +54,81 @@ class Autocast(nn.Module):
 
 
 class Engine:
-    """A DeepSpeed engine around one model.
+    """A DeepSpeed engine around this rank's part of the model.
 
     Args:
-        model: built on the meta device; every parameter carries ``shard``.
+        chunks: the pipeline stages of this rank, built on the meta device; without a pipeline the whole model. Every
+            parameter carries its records (``parallel.sharding``).
         source: where the weights come from.
         optimizer: makes the optimizer from the filled model.
         cfg: the engine section.
         clip: largest global gradient norm, 0 for none.
         groups: the run's process groups.
+        layout: the parallel section.
         layer_types: modules whose parameters ZeRO-3 gathers and releases together.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        chunks: Sequence[nn.Module],
         source: TensorSource,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         cfg: EngineConfig,
         clip: float,
         groups: Groups,
+        layout: ParallelConfig = ALL_DATA,
         layer_types: Sequence[type[nn.Module]] = (),
     ):
-        deepspeed = _import_deepspeed()
-        self.model, self.cfg, self.clip, self.groups = model, cfg, clip, groups
+        deepspeed = import_deepspeed()
+        self.cfg, self.clip, self.groups = cfg, clip, groups
+        self.chunks = list(chunks)
         config = ds_config(cfg, clip, groups.device.type)
-        materialise(model, source, groups.place().cut, groups.device, config if cfg.zero == 3 else None)
-        root = model
-        if cfg.precision != "fp32":
-            root = Autocast(model, AUTOCAST[cfg.precision], groups.device.type)
+        for chunk in self.chunks:
+            materialise(chunk, source, groups.place().cut, groups.device, config if cfg.zero == 3 else None)
+        runnable = [self._autocast(chunk) for chunk in self.chunks]
+        root = runnable[0] if len(runnable) == 1 else nn.ModuleList(runnable)
         if cfg.zero == 3 and layer_types:
             deepspeed.utils.set_z3_leaf_modules(root, list(layer_types))
-        self.optimizer = optimizer(model)
+        has_experts = mark_experts(root, groups)
+        self.optimizer = optimizer(root)
         self.loss_scale = LossScale(dynamic=cfg.precision == "fp16")
-        self.ds, *_ = deepspeed.initialize(
-            model=root, optimizer=self.optimizer, config=config, dist_init_required=False
+        self.ds = start(root, self.optimizer, config, groups, has_experts)
+        self.state = TrainingState(
+            cfg.zero, self.ds, self.optimizer, list(self.named_parameters()), list(self._named_buffers()), groups
         )
-        self._create_states()
+        if cfg.zero:
+            self._put_norm_in_place_of_theirs()
+        self.pipeline: Any = None
+        if groups.pp.size > 1:
+            from parallel.pipeline import Pipeline
 
-    def train_step(
-        self, micro_batches: Sequence[Any], forward: Callable[[nn.Module, Any, float], Any], count: float, lr: float
-    ) -> StepResult:
+            self.pipeline = Pipeline(runnable, layout, groups.pp, groups.device)
+
+    def _autocast(self, chunk: nn.Module) -> nn.Module:
+        if self.cfg.precision == "fp32":
+            return chunk
+        return Autocast(chunk, AUTOCAST[self.cfg.precision], self.groups.device.type)
+
+    @property
+    def model(self) -> nn.Module:
+        """This rank's whole model; only without a pipeline."""
+        assert self.pipeline is None, "a pipeline rank holds stages, not the model"
+        return self.chunks[0]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under their names in the whole model."""
+        for chunk in self.chunks:
+            for name, param in chunk.named_parameters():
+                yield name_of(param, name), param
+
+    def _named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for chunk in self.chunks:
+            saved = set(chunk.state_dict(keep_vars=True))
+            yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name in saved)
+
+    # ---- a step ---------------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[Any], forward: Forward, count: float, lr: float) -> StepResult:
         """Accumulate over the micro-batches of this rank, then update once.
 
         Args:
@@ -125,6 +151,19 @@ class Engine:
         if self.cfg.zero and self.loss_scale.dynamic:
             self.ds.optimizer.override_loss_scale(scale)
         weight = self.groups.data.size * scale / count
+        if self.pipeline is not None:
+            metrics = self._pipelined(micro_batches, forward, weight)
+        else:
+            metrics = self._accumulate(micro_batches, forward, weight, scale)
+        norm, skipped = self._update(scale)
+        self.loss_scale.update(overflow=skipped)
+        return StepResult(self._reported(metrics), norm, skipped, scale)
+
+    def _reported(self, metrics: list[Any]) -> list[Any]:
+        """Metrics once: tp ranks compute the same ones, and of a pipeline only the last stage has any."""
+        return metrics if self.groups.tp.rank == 0 else []
+
+    def _accumulate(self, micro_batches: Sequence[Any], forward: Forward, weight: float, scale: float) -> list[Any]:
         metrics = []
         for i, micro_batch in enumerate(micro_batches):
             self.ds.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
@@ -132,94 +171,78 @@ class Engine:
             # Under ZeRO 1-3 the overridden scale would be applied by DeepSpeed a second time; the weight holds it.
             self.ds.backward(loss / scale if self.cfg.zero and self.loss_scale.dynamic else loss, scale_wrt_gas=False)
             metrics.append(terms)
-        norm = self._clip_whole(scale) if self.cfg.zero == 0 else None
-        skipped = norm is not None and not _finite(norm)
-        if skipped:
-            self.ds.zero_grad()
-        else:
-            self.ds.step()
-        if norm is None:
-            norm = float(self.ds.get_global_grad_norm())
-            skipped = bool(self.ds.optimizer.overflow)
-        self.loss_scale.update(overflow=skipped)
-        return StepResult(metrics, norm, skipped, scale)
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Any], forward: Callable[[nn.Module, Any, float], Any]) -> list[Any]:
-        """Forward only; the metrics of every micro-batch. Every rank brings equally many (ZeRO-3 gathers in step)."""
-        self.ds.eval()
-        metrics = [forward(self.ds, micro_batch, 1.0)[1] for micro_batch in micro_batches]
-        self.ds.train()
         return metrics
 
-    def _clip_whole(self, scale: float) -> float:
-        """Unscale, measure and clip whole gradients (ZeRO 0, where every rank holds all of them after the reduce)."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if scale != 1.0:
-            for grad in grads:
-                grad.mul_(1.0 / scale)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-        return float(norm)
+    def _pipelined(self, micro_batches: Sequence[Any], forward: Forward, weight: float) -> list[Any]:
+        """The schedule leaves whole fp32 gradients in ``param.grad``; they are reduced here, once."""
+        assert self.pipeline is not None
+        metrics = self.pipeline.train(micro_batches, forward, weight)
+        self._sum_tied_ends()
+        self.ds.set_gradient_accumulation_boundary(True)
+        if self.cfg.zero:
+            # DeepSpeed makes its bucket in the backward; this one ran without it, as under its own pipeline.
+            self.ds.optimizer.reduce_gradients(pipeline_parallel=True)
+        else:
+            self.ds.allreduce_gradients()
+        return metrics
+
+    def _sum_tied_ends(self) -> None:
+        """The gradient of a tied embedding is the sum of what the first and the last stage have of it."""
+        ends = [p for _, p in self.named_parameters() if "twin" in vars(p)]
+        if len(ends) == 2:  # a V-shaped schedule has both on one rank
+            first, last = (p.grad for p in ends)
+            assert first is not None and last is not None
+            last.copy_(first.add_(last))
+        elif ends:
+            dist.all_reduce(ends[0].grad, group=self.groups.ends.group)
+
+    def _update(self, scale: float) -> tuple[float, bool]:
+        """Clip and step. Returns the norm before clipping, and whether the step was skipped."""
+        if self.cfg.zero:
+            self.ds.step()
+            return float(self.ds.get_global_grad_norm()), bool(self.ds.optimizer.overflow)
+        norm = float(self._global_norm()) / scale
+        if not _finite(norm):
+            self.ds.zero_grad()
+            return norm, True
+        factor = min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
+        if factor / scale != 1.0:
+            torch._foreach_mul_([piece.grad for piece in self.state.gradients()], factor / scale)
+        self.ds.step()
+        return norm, False
+
+    def _global_norm(self) -> torch.Tensor:
+        """Finish the gradients over tp and take the norm over the whole model (still times the loss scale)."""
+        pieces = self.state.gradients()
+        sum_over_tp(pieces, self.groups.tp)
+        return global_norm(pieces, self.groups, self.state.gradient_holders)
+
+    def _put_norm_in_place_of_theirs(self) -> None:
+        """DeepSpeed asks for the norm between reduction and update, clips by it, and skips where it is not finite.
+
+        Its own counts heads shared by tp ranks and tied copies more than once and averages those of experts.
+        """
+        if self.cfg.zero == 3:
+            self.ds.optimizer._get_norm_groups = lambda: [self._global_norm()]
+        else:
+            self.ds.optimizer.scaled_global_norm = lambda norm_type=2: self._global_norm()
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Any], forward: Forward) -> list[Any]:
+        """Forward only; the metrics of every micro-batch. Every rank brings equally many (ZeRO-3 gathers in step)."""
+        self.ds.eval()
+        if self.pipeline is not None:
+            metrics = self.pipeline.evaluate(micro_batches, forward)
+        else:
+            metrics = [forward(self.ds, micro_batch, 1.0)[1] for micro_batch in micro_batches]
+        self.ds.train()
+        return self._reported(metrics)
 
     # ---- the training state, rank by rank ------------------------------------------------------------------------
 
-    def _create_states(self) -> None:
-        """Make AdamW's states now, so that fragments can be read and written before the first step."""
-        if self.cfg.zero == 3:  # its groups stay empty until a step puts one of these in
-            flats = self.ds.optimizer.fp32_partitioned_groups_flat
-        else:
-            flats = [flat for group in self.optimizer.param_groups for flat in group["params"]]
-        for flat in flats:
-            state = self.optimizer.state[flat]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state.update({key: torch.zeros_like(flat, requires_grad=False) for key in STATE_KEYS})
-
     def fragments(self, once: bool = True) -> Iterator[Fragment]:
-        """The weights and optimizer states this rank holds.
-
-        Args:
-            once: over all ranks every element comes exactly once (to save); otherwise also what other ranks hold too
-                (to restore).
-        """
-        if self.cfg.zero == 0:
-            return self._whole_fragments(once)
-        return self._zero3_fragments() if self.cfg.zero == 3 else self._zero12_fragments()
-
-    def _named(self) -> Iterator[tuple[str, Any]]:
-        """Parameters with the attributes DeepSpeed puts on them."""
-        return self.model.named_parameters()
-
-    def _whole_fragments(self, once: bool) -> Iterator[Fragment]:
-        # Replicated state: to save, the parameters are dealt out over the ranks.
-        for i, (name, param) in enumerate(self.model.named_parameters()):
-            if not once or i % self.groups.data.size == self.groups.data.rank:
-                state = self.optimizer.state[param]
-                yield Fragment(name, 0, param.detach().view(-1), {k: state[k].view(-1) for k in STATE_KEYS})
-
-    def _zero12_fragments(self) -> Iterator[Fragment]:
-        flats = self.ds.optimizer.single_partition_of_fp32_groups
-        for name, param in self._named():
-            mapping = param._hp_mapping
-            if mapping is None:
-                continue
-            at, flat = mapping.hp_fragment_address, flats[mapping.param_group_index]
-            state = self.optimizer.state[flat]
-            states = {k: state[k].narrow(0, at.start, at.numel) for k in STATE_KEYS}
-            yield Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment, states)
-
-    def _zero3_fragments(self) -> Iterator[Fragment]:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        for name, param in self._named():
-            start = self.groups.data.rank * param.ds_tensor.ds_numel
-            numel = min(param.ds_tensor.ds_numel, param.ds_numel - start)  # the last rank's share ends in padding
-            if numel > 0:
-                cut = [safe_get_local_optimizer_state(param, k).view(-1)[:numel] for k in STATE_KEYS]
-                master = safe_get_local_fp32_param(param).view(-1)[:numel]
-                yield Fragment(name, start, master, dict(zip(STATE_KEYS, cut, strict=True)))
+        """The weights and optimizer states this rank holds, see ``TrainingState.fragments``."""
+        return self.state.fragments(once)
 
     @property
     def optimizer_steps(self) -> int:
@@ -234,20 +257,3 @@ class Engine:
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet, without the shared-memory op it would compile on a CPU at first use.
-
-    That op serves all-reduce only, ZeRO does not need it, and a process killed during its build leaves a lock file on
-    which every later start waits for ever.
-    """
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed 0.19.8 calls collectives by the names that torch 2.13 renames; nothing a user could do about it.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    return deepspeed

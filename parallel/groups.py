@@ -64,6 +64,8 @@ class Groups:
     """Ranks of `data` that hold the same experts."""
     model: Axis = field(default_factory=Axis)
     """tp x pp: ranks that hold different parts of the weights."""
+    ends: Axis = field(default_factory=Axis)
+    """The first and the last pp rank, who both hold a tied embedding; alone for those between."""
 
     @property
     def is_main(self) -> bool:
@@ -141,6 +143,7 @@ def _axes(ranks: LauncherRanks, layout: ParallelConfig) -> dict[str, Axis]:
         "ep": experts.transpose(2, 3).flatten(0, 2),
         "expert_data": experts.permute(0, 2, 3, 1).flatten(0, 2),
         "model": grid.permute(1, 2, 0, 3).flatten(0, 1).flatten(1),
+        "ends": grid.permute(1, 2, 3, 0).flatten(0, 2)[:, [0, -1]] if layout.pp > 1 else grid.view(-1, 1),
     }
     return {name: _axis(name, lines[name].tolist(), ranks) for name in lines}
 
@@ -150,13 +153,13 @@ def _axis(name: str, lines: list[list[int]], ranks: LauncherRanks) -> Axis:
 
     A line of one rank needs no group, except where DeepSpeed asks for one.
     """
-    mine = next(line for line in lines if ranks.rank in line)
-    if len(mine) == 1 and name not in ("data", "expert_data", "model"):
+    mine = next((line for line in lines if ranks.rank in line), [ranks.rank])
+    if len(lines[0]) == 1 and name not in ("data", "expert_data", "model"):
         return Axis()
     if len(mine) == ranks.world and mine == sorted(mine):
         return Axis(len(mine), mine.index(ranks.rank), dist.group.WORLD)
     groups: list[Any] = [dist.new_group(line) for line in lines]
-    return Axis(len(mine), mine.index(ranks.rank), groups[lines.index(mine)])
+    return Axis(len(mine), mine.index(ranks.rank), groups[lines.index(mine)] if mine in lines else None)
 
 
 def leave_groups() -> None:

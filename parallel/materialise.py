@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from parallel.sharding import Cut
+from parallel.sharding import Cut, name_of
 
 
 class TensorSource(Protocol):
@@ -43,7 +43,7 @@ def materialise(
     With ``zero_config`` (a DeepSpeed dictionary with ZeRO-3) each leaf module is partitioned as soon as it is filled,
     so that no rank ever holds more than one whole leaf above its share.
     """
-    names = {id(param): name for name, param in model.named_parameters()}
+    names = {id(param): name_of(param, name) for name, param in model.named_parameters()}
     done: set[int] = set()
     for module in model.modules():
         fresh = [p for p in module.parameters(recurse=False) if id(p) not in done]

@@ -163,6 +163,12 @@ class Shard:
                 at += rows
         return whole
 
+    def own(self, cut: Cut) -> Cut:
+        """`cut` without the axes this tensor is not cut along."""
+        tp = (cut.tp, cut.tp_rank) if self.dim is not None else (1, 0)
+        ep = (cut.ep, cut.ep_rank) if self.experts else (1, 0)
+        return Cut(*tp, *ep)
+
     def cuts(self, tp: int, ep: int) -> list[Cut]:
         """The different parts the tensor falls into on tp x ep ranks, each once."""
         tps = range(tp) if self.dim is not None else range(1)
@@ -189,6 +195,19 @@ def shard_of(param: torch.Tensor) -> Shard:
 def init_of(param: torch.Tensor) -> str:
     """The name of the rule a parameter is drawn by."""
     return param.__dict__["init"]
+
+
+def tie_ends(embedding: torch.nn.Parameter | None, head: torch.nn.Parameter | None, name: str) -> None:
+    """Mark the copies of a tied parameter that the first and the last pipeline stage hold: the engine sums their
+    gradients, and the head's copy counts and is saved under the embedding's name."""
+    for param, end in ((embedding, "first"), (head, "last")):
+        if param is not None:
+            vars(param).update(twin=end, named=name)
+
+
+def name_of(param: torch.Tensor, name: str) -> str:
+    """The global name of a parameter that its module calls `name`."""
+    return param.__dict__.get("named", name)
 
 
 def is_partial(param: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch.distributed as dist
 from data.batch import Document, MicroBatch, Row, collate, split_rows
 from models import ModelConfig
 from models.init import InitSource
-from parallel.config import EngineConfig
+from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
-from parallel.groups import Groups, LauncherRanks, build_groups
+from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
+from parallel.sharding import Cut, Shard
 from trainer import channels, checkpoint
 from trainer.optim import OptimConfig
 from trainer.run import make_engine
@@ -36,11 +38,12 @@ TINY = ModelConfig(
 )
 
 
-def here(**more: Any) -> Groups:
-    """The groups of the pool this process belongs to."""
+@functools.cache
+def here(layout: ParallelConfig = ALL_DATA) -> Groups:
+    """The groups of the pool this process belongs to; made once for each layout."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return build_groups(LauncherRanks(rank, size, rank), 300)
+    return build_groups(LauncherRanks(rank, size, rank), 300, layout)
 
 
 def uneven_rows(step: int, count: int = 8) -> list[list[Document]]:
@@ -69,17 +72,28 @@ def my_micro_batches(step: int, groups: Groups, micro_rows: int) -> list[MicroBa
 
 def whole(engine: Engine, groups: Groups, kind: str) -> dict[str, torch.Tensor]:
     """Every parameter's flat ``master`` or optimizer state, joined from all ranks' fragments."""
-    mine = [
-        (f.name, f.start, (f.master if kind == "master" else f.states[kind]).detach().clone())
-        for f in engine.fragments()
-    ]
-    gathered = groups.all_gather(mine)
+    mine = []
+    for f in engine.fragments():
+        view = f.master if kind == "master" else f.states.get(kind)
+        if view is not None:
+            mine.append((f.name, f.cut, f.start, view.detach().clone(), f.shard, f.whole))
+    found: dict[str, dict[Cut, list[tuple[int, torch.Tensor]]]] = {}
+    records: dict[str, tuple[Shard, tuple[int, ...]]] = {}
+    for part in groups.all_gather(mine):
+        for name, cut, start, tensor, shard, shape in part:
+            found.setdefault(name, {}).setdefault(cut, []).append((start, tensor))
+            records[name] = shard, shape
     joined: dict[str, torch.Tensor] = {}
-    for name, param in engine.model.named_parameters():
-        pieces = sorted(((s, t) for part in gathered for n, s, t in part if n == name), key=lambda piece: piece[0])
-        joined[name] = torch.cat([tensor for _, tensor in pieces])
-        assert joined[name].numel() == getattr(param, "ds_numel", param.numel()), name
-    return joined
+    for name, by_cut in found.items():
+        shard, shape = records[name]
+        parts = {}
+        for cut, pieces in by_cut.items():
+            flat = torch.cat([tensor for _, tensor in sorted(pieces, key=lambda piece: piece[0])])
+            parts[cut] = flat.view(shard.local_shape(shape, cut))
+        cut = next(iter(parts))
+        assert set(parts) == set(shard.cuts(cut.tp, cut.ep)), name
+        joined[name] = shard.merge(parts).flatten()
+    return dict(sorted(joined.items()))
 
 
 def train(
@@ -95,15 +109,17 @@ def train(
     first: int = 0,
     save_to: str | None = None,
     resume_from: str | None = None,
+    layout: ParallelConfig = ALL_DATA,
+    model: ModelConfig | None = None,
 ) -> dict[str, Any]:
     """Train the tiny model; losses, norms, per-channel numbers, first-step gradients and final weights."""
-    groups = here()
-    cfg = dataclasses.replace(TINY, tied_embeddings=tied)
+    groups = here(layout)
+    cfg = model or dataclasses.replace(TINY, tied_embeddings=tied)
     # A large eps keeps Adam from blowing rounding noise of vanishing gradients up to a whole step.
     optim = OptimConfig(lr=1e-2, clip=clip, eps=1e-4)
     engine_cfg = EngineConfig(zero=zero, precision=precision, recompute=recompute, offload_optimizer=offload)
     saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
-    engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3))
+    engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3), layout)
     if saved:
         saved.restore(engine, groups)
     stage = NextToken(len(NAMES))

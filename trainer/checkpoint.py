@@ -3,20 +3,23 @@
     checkpoints/
       latest                       name of the newest complete checkpoint
       step_0000100/
-        state.json                 step, data position, loss scale, shapes, where every piece lies
-        rank_00000.safetensors     "<kind>/<name>@<start>" -> 1-D piece; kind is param, exp_avg or exp_avg_sq
+        state.json                 step, data position, loss scale, shapes, cuts, where every piece lies
+        rank_00000.safetensors     "<kind>/<name>@<cut>:<start>" -> 1-D piece; kind is param, exp_avg or exp_avg_sq
 
-Every element is written once, by the rank that owns it, whatever the ZeRO stage; any other number of ranks or stage
-reads the ranges it needs. A folder appears under its name only when it is complete.
+Every element is written once, by the rank that owns it, whatever the layout (key/value heads that lie on several tp
+ranks, by each of those). A piece is a flat range of the part of a parameter that one cut gives; any other layout reads
+the ranges it needs, tensor by tensor. A folder appears under its name only when it is complete.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ from safetensors.torch import save_file
 
 from parallel.engine import Engine
 from parallel.groups import Groups
+from parallel.sharding import Cut, Shard
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 
 
@@ -100,14 +104,17 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], groups:
     return final
 
 
-def _write_rank(building: Path, engine: Engine, groups: Groups) -> tuple[str, list[tuple[str, int, int]]]:
-    """Write this rank's pieces. Returns (problem or "", [(name, start, numel)])."""
+def _write_rank(building: Path, engine: Engine, groups: Groups) -> tuple[str, list[dict[str, Any]]]:
+    """Write this rank's pieces. Returns (problem or "", where each piece belongs)."""
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
     pieces = []
     for piece in engine.fragments():
-        pieces.append((piece.name, piece.start, piece.master.numel()))
+        cut = piece.shard.cuts(piece.cut.tp, piece.cut.ep).index(piece.cut)
+        described = {"shape": piece.whole, "shard": dataclasses.asdict(piece.shard), "cut": cut}
+        place = {"name": piece.name, "start": piece.start, "numel": piece.master.numel()}
+        pieces.append(place | described | {"tp": piece.cut.tp, "ep": piece.cut.ep})
         for kind, tensor in {"param": piece.master, **piece.states}.items():
-            tensors[f"{kind}/{piece.name}@{piece.start}"] = tensor.detach().cpu()
+            tensors[f"{kind}/{piece.name}@{cut}:{piece.start}"] = tensor.detach().cpu()
     path = building / f"rank_{groups.rank:05d}.safetensors"
     try:
         save_file(tensors, path)
@@ -120,16 +127,7 @@ def _write_rank(building: Path, engine: Engine, groups: Groups) -> tuple[str, li
 
 def _complete(building: Path, final: Path, step: int, engine: Engine, state: dict[str, Any], pieces: list) -> list[str]:
     """Write state.json and give the folder its name. Returns problems."""
-    names: dict[str, Any] = {
-        name: {"shape": list(getattr(param, "ds_shape", param.shape)), "pieces": []}
-        for name, param in engine.model.named_parameters()
-    }
-    for rank, owned in enumerate(pieces):
-        for name, start, numel in owned:
-            names[name]["pieces"].append([rank, start, numel])
-    for name, entry in names.items():
-        held, whole = sum(piece[2] for piece in entry["pieces"]), torch.Size(entry["shape"]).numel()
-        assert held == whole, f"{name}: the ranks hold {held} of {whole} elements"
+    names = _index(pieces)
     training = {"optimizer_steps": engine.optimizer_steps, "loss_scale": engine.loss_scale.state()}
     aside = final.with_name(final.name + ".deleting")
     moved = False  # the run went back and came to this step anew: on a failure the earlier one returns
@@ -150,6 +148,44 @@ def _complete(building: Path, final: Path, step: int, engine: Engine, state: dic
         return [str(error)]
     shutil.rmtree(aside, ignore_errors=True)
     return []
+
+
+def _index(pieces: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of every tensor its whole shape, how it is cut, and its pieces as [rank, cut, start, numel]."""
+    names: dict[str, Any] = {}
+    for rank, owned in enumerate(pieces):
+        for piece in owned:
+            about = {key: piece[key] for key in ("shape", "shard", "tp", "ep")}
+            entry = names.setdefault(piece["name"], about | {"pieces": []})
+            assert all(entry[key] == value for key, value in about.items()), f"ranks disagree about {piece['name']}"
+            entry["pieces"].append([rank, piece["cut"], piece["start"], piece["numel"]])
+    for name, entry in names.items():
+        saved = Saved.of(entry)
+        for i, cut in enumerate(saved.cuts):
+            whole = torch.Size(saved.shard.local_shape(saved.shape, cut)).numel()
+            held = sum(numel for _, at, _, numel in entry["pieces"] if at == i)
+            assert held == whole, f"{name}: the ranks hold {held} of {whole} elements of {cut}"
+    return names
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How one tensor lies in a checkpoint."""
+
+    shape: tuple[int, ...]
+    shard: Shard
+    cuts: tuple[Cut, ...]
+    pieces: tuple[tuple[int, int, int, int], ...]
+    """(rank, cut, start, numel)"""
+
+    @staticmethod
+    def of(entry: dict[str, Any]) -> Saved:
+        """From the entry in ``state.json``."""
+        about = dict(entry["shard"])
+        about |= {key: tuple(about[key]) for key in ("parts", "units")}
+        shard = Shard(**about)
+        pieces = tuple((rank, cut, start, numel) for rank, cut, start, numel in entry["pieces"])
+        return Saved(tuple(entry["shape"]), shard, tuple(shard.cuts(entry["tp"], entry["ep"])), pieces)
 
 
 def _prune(folder: Path, step: int, keep_last: int) -> None:
@@ -189,7 +225,8 @@ class Checkpoint:
                 f"{folder} has checkpoint format {found}; this version of Loom reads {FORMAT}. Resume with the version "
                 "that wrote it, or set run.resume=never."
             )
-        ranks = {rank for entry in self.state["tensors"].values() for rank, _, _ in entry["pieces"]}
+        self.tensors = {name: Saved.of(entry) for name, entry in self.state["tensors"].items()}
+        ranks = {rank for saved in self.tensors.values() for rank, *_ in saved.pieces}
         gone = [path.name for rank in sorted(ranks) if not (path := self._path(rank)).is_file()]
         if gone:
             raise ValueError(
@@ -197,6 +234,7 @@ class Checkpoint:
                 "Resume from another checkpoint with run.resume=PATH."
             )
         self._files: dict[int, Any] = {}
+        self._last: tuple[tuple[str, str], torch.Tensor] | None = None
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.safetensors"
@@ -214,22 +252,43 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Parameter names, in the model's order."""
-        return list(self.state["tensors"])
+        return list(self.tensors)
 
-    def read_range(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of the flattened tensor, fp32."""
+    def _range(self, kind: str, name: str, cut: int, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of the flattened part that a cut gives, fp32."""
         out = torch.empty(numel, dtype=torch.float32)
-        for rank, at, size in self.state["tensors"][name]["pieces"]:
+        for rank, of, at, size in self.tensors[name].pieces:
             low, high = max(start, at), min(start + numel, at + size)
-            if low < high:
-                piece = self._open(rank).get_slice(f"{kind}/{name}@{at}")
+            if of == cut and low < high:
+                piece = self._open(rank).get_slice(f"{kind}/{name}@{cut}:{at}")
                 out[low - start : high - start] = piece[low - at : high - at]
         return out
 
+    def read_range(self, kind: str, name: str, cut: Cut, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of the flattened part that ``cut`` gives of a tensor, fp32.
+
+        Where the checkpoint is cut alike, no more than these is read.
+        """
+        saved = self.tensors[name]
+        own = saved.shard.own(cut)
+        if own in saved.cuts:
+            return self._range(kind, name, saved.cuts.index(own), start, numel)
+        return saved.shard.slice(self.whole(kind, name), own).reshape(-1)[start : start + numel]
+
+    def whole(self, kind: str, name: str) -> torch.Tensor:
+        """One whole tensor, fp32; the last one is kept for the next range of it."""
+        if self._last is None or self._last[0] != (kind, name):
+            saved = self.tensors[name]
+            parts = {}
+            for i, cut in enumerate(saved.cuts):
+                shape = torch.Size(saved.shard.local_shape(saved.shape, cut))
+                parts[cut] = self._range(kind, name, i, 0, shape.numel()).view(shape)
+            self._last = (kind, name), saved.shard.merge(parts)
+        return self._last[1]
+
     def tensor(self, name: str) -> torch.Tensor:
         """The whole weight, fp32."""
-        shape = torch.Size(self.state["tensors"][name]["shape"])
-        return self.read_range("param", name, 0, shape.numel()).view(shape)
+        return self.whole("param", name)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every whole weight, one at a time."""
@@ -239,9 +298,10 @@ class Checkpoint:
         """Fill this rank's optimizer states; the weights came through ``tensor`` when the engine was built."""
         for piece in engine.fragments(once=False):
             for kind, view in piece.states.items():
-                view.copy_(self.read_range(kind, piece.name, piece.start, view.numel()))
+                view.copy_(self.read_range(kind, piece.name, piece.cut, piece.start, view.numel()))
         engine.optimizer_steps = self.state["optimizer_steps"]
         engine.loss_scale.restore(self.state["loss_scale"])
         if self.state["world"] == groups.world:
             torch.set_rng_state(self._open(groups.rank).get_tensor("rng"))
         self._files.clear()
+        self._last = None

@@ -26,9 +26,9 @@ from models.config import ModelConfig
 from models.decoder import Layer
 from models.flops import step_flops
 from models.init import InitSource
-from parallel.config import EngineConfig
+from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
-from parallel.groups import Groups, LauncherRanks, build_groups
+from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
 from parallel.materialise import TensorSource
 from trainer import checkpoint, provenance
 from trainer.config import RunConfig, check, format_problems, ignored
@@ -96,15 +96,25 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
 
 
 def make_engine(
-    model_cfg: ModelConfig, engine_cfg: EngineConfig, optim: OptimConfig, groups: Groups, source: TensorSource
+    model_cfg: ModelConfig,
+    engine_cfg: EngineConfig,
+    optim: OptimConfig,
+    groups: Groups,
+    source: TensorSource,
+    layout: ParallelConfig = ALL_DATA,
 ) -> Engine:
-    """The model on the meta device, filled from ``source`` and handed to DeepSpeed."""
+    """This rank's part of the model on the meta device, filled from ``source`` and handed to DeepSpeed."""
     budget = GPU_LOGITS_BYTES if groups.device.type == "cuda" else CPU_LOGITS_BYTES
     chunk = engine_cfg.loss_chunk or max(budget // (4 * model_cfg.vocab_size), 64)
     runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk)
-    model = models.build(model_cfg, groups.place(), runtime)
+    parts: list[Any] = [None]
+    if layout.pp > 1:
+        from models.balance import chunks_of
+
+        parts = chunks_of(model_cfg, layout, groups.pp.rank)
+    chunks = [models.build(model_cfg, groups.place(layout), runtime, part) for part in parts]
     adamw = functools.partial(_adamw, optim)
-    return Engine(model, source, adamw, engine_cfg, optim.clip, groups, layer_types=[Layer])
+    return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, layer_types=[Layer])
 
 
 def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -10,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from parallel.engine import Fragment
 from parallel.groups import Groups
 from parallel.loss_scale import LossScale
-from parallel.sharding import Axis
+from parallel.sharding import REPLICATED, WHOLE, Axis
 from tests import checkpoint_cases
 from trainer import checkpoint
 
@@ -26,15 +26,14 @@ class OneWeight:
     """An engine of one parameter ``w`` [2, 3], owned by this rank."""
 
     def __init__(self, value: float):
-        self.model = nn.Module()
-        self.model.register_parameter("w", nn.Parameter(torch.full((2, 3), value)))
         self.value = value
         self.optimizer_steps = 5
         self.loss_scale = LossScale(dynamic=True)
 
     def fragments(self, once: bool = True) -> Iterator[Fragment]:
         flat = torch.full((6,), self.value)
-        yield Fragment("w", 0, flat, {"exp_avg": flat + 1, "exp_avg_sq": flat + 2})
+        states = {"exp_avg": flat + 1, "exp_avg_sq": flat + 2}
+        yield Fragment("w", 0, flat, states, REPLICATED, WHOLE, (2, 3))
 
 
 def write(folder: Path, step: int, value: float = 0.0, keep_last: int = 2) -> Path:
@@ -57,8 +56,8 @@ def test_a_saved_checkpoint_is_found_and_read(tmp_path: Path) -> None:
     saved = checkpoint.Checkpoint(folder)
     assert (saved.state["step"], saved.state["position"], saved.state["optimizer_steps"]) == (7, 56, 5)
     assert torch.equal(saved.tensor("w"), torch.full((2, 3), 0.5))
-    assert saved.read_range("exp_avg", "w", 0, 6).tolist() == [1.5] * 6
-    assert saved.read_range("exp_avg_sq", "w", 2, 3).tolist() == [2.5] * 3
+    assert saved.read_range("exp_avg", "w", WHOLE, 0, 6).tolist() == [1.5] * 6
+    assert saved.read_range("exp_avg_sq", "w", WHOLE, 2, 3).tolist() == [2.5] * 3
 
 
 def test_nothing_is_found_in_an_empty_or_missing_folder(tmp_path: Path) -> None:
@@ -241,12 +240,13 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
     message = refusal(folder)
-    assert "format 99" in message and "reads 1" in message and "run.resume=never" in message
+    assert "format 99" in message and "reads 2" in message and "run.resume=never" in message
 
 
 def test_a_missing_rank_file_is_told_at_once(tmp_path: Path) -> None:
     """Before the data are read: the folder names its files when it is opened."""
-    tensors = {"a": {"shape": [2], "pieces": [[0, 0, 1], [1, 1, 1]]}}
+    cut = {"shard": dataclasses.asdict(REPLICATED), "tp": 1, "ep": 1}
+    tensors = {"a": cut | {"shape": [2], "pieces": [[0, 0, 0, 1], [1, 0, 1, 1]]}}
     (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 1, "tensors": tensors}))
     (tmp_path / "rank_00000.safetensors").touch()
     with pytest.raises(ValueError, match=r"rank_00001\.safetensors missing.*run\.resume=PATH"):
