@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.blocks.context import Context, ring_attention, ulysses_attention
 from models.blocks.norm import RMSNorm
 from models.blocks.pieces import Piece, pieces_of
 from models.blocks.rope import rotate_qk
@@ -26,19 +27,36 @@ from parallel.sharding import Place
 
 @dataclass(frozen=True)
 class Packing:
-    """What all layers of one forward share: rotation tables, document borders and the plan for each window."""
+    """What all layers of one forward share: rotation tables, document borders and the plan for each window.
+
+    Under context parallel the borders still tell of all tokens. The tables are those of the tokens here (ring) or of
+    all (Ulysses, whose back ends see all tokens).
+    """
 
     cos_TK: torch.Tensor
     sin_TK: torch.Tensor
     borders: tuple[int, ...]
     max_seqlen: int
     pieces: dict[int | None, tuple[Piece, ...]]
+    context: Context | None = None
 
     @staticmethod
-    def of(cos_TK: torch.Tensor, sin_TK: torch.Tensor, borders: tuple[int, ...], windows: set[int | None]) -> "Packing":
+    def of(
+        cos_TK: torch.Tensor,
+        sin_TK: torch.Tensor,
+        borders: tuple[int, ...],
+        windows: set[int | None],
+        context: Context | None = None,
+    ) -> "Packing":
         longest = max(b - a for a, b in pairwise(borders))
-        pieces = {window: pieces_of(borders, window, cos_TK.device) for window in windows}
-        return Packing(cos_TK, sin_TK, borders, longest, pieces)
+        ring = context is not None and context.kind == "ring"  # has plans of its own
+        pieces = {} if ring else {window: pieces_of(borders, window, cos_TK.device) for window in windows}
+        return Packing(cos_TK, sin_TK, borders, longest, pieces, context)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank."""
+        return self.borders[-1] if self.context is None else self.context.rows[self.context.axis.rank]
 
 
 @dataclass(frozen=True)
@@ -163,4 +181,16 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = _split(qkv, self.heads)
             qkv = torch.cat([self.q_norm(q)[0].flatten(1), self.k_norm(k)[0].flatten(1), v.flatten(1)], 1)
-        return self.out(self.back_end(qkv, packing, self.heads), residual_TD)
+        return self.out(self._attend(qkv, packing), residual_TD)
+
+    def _attend(self, qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
+        context, heads = packing.context, self.heads
+        if context is None:
+            return self.back_end(qkv, packing, heads)
+        if context.kind == "ulysses":
+            size = context.axis.size
+            few = Heads(heads.queries // size, max(heads.groups // size, 1), heads.dim, heads.window)
+            return ulysses_attention(_split(qkv, heads), context, lambda every: self.back_end(every, packing, few))
+        qkv = rotate_qk(qkv, packing.cos_TK, packing.sin_TK, heads.parts[0] + heads.parts[1], heads.dim)
+        q, k, v = _split(qkv, heads)
+        return ring_attention(q, k, v, context.rings[heads.window]).flatten(1)

@@ -21,15 +21,18 @@ class Rope:
         self.trained_len = cfg.rope.original_max_seq_len or cfg.max_seq_len
         self._frequencies: dict[tuple[torch.device, int], torch.Tensor] = {}
 
-    def tables(self, positions_T: torch.Tensor, doc_lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(
+        self, positions_T: torch.Tensor, doc_lengths: Sequence[int], here: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each fp32 [T, K / 2], for documents of `doc_lengths` lying one after another.
 
-        Dynamic scaling depends on a document's own length, not on what else is packed beside it.
+        Dynamic scaling depends on a document's own length, not on what else is packed beside it. `here`: how many of
+        each document's tokens `positions_T` are of, where not all.
         """
         device = positions_T.device
         if self.rope.scaling == "dynamic" and max(doc_lengths) > self.trained_len:
             rows = torch.stack([self._frequency(device, length) for length in doc_lengths])
-            repeats = torch.tensor(doc_lengths, device=device)
+            repeats = torch.tensor(doc_lengths if here is None else here, device=device)
             frequency = rows.repeat_interleave(repeats, 0, output_size=positions_T.shape[0])
         else:
             frequency = self._frequency(device, self.trained_len)
