@@ -73,8 +73,9 @@ def rows(cls: Any, prefix: str, given: Any) -> Iterator[tuple[str, str, str, str
         key = f"{prefix}{field.name}"
         inner, many = inner_section(hints[field.name])
         value = given.get(field.name, field.default) if isinstance(given, dict) else field.default
-        if inner is None or many:
-            yield key, _type(hints[field.name]), _default(value, field), docs[field.name]
+        if inner is not hints[field.name]:  # a value, or sections of which there may be several or none
+            meaning = docs[field.name] or (" ".join((inner.__doc__ or "").split("\n\n")[0].split()) if inner else "")
+            yield key, _type(hints[field.name]), _default(value, field), meaning
         if inner is not None:
             yield from rows(inner, f"{key}[]." if many else f"{key}.", None if many else value)
 
@@ -94,7 +95,7 @@ def _type(hint: Any) -> str:
         ("bool", "true/false"),
     ):
         text = text.replace(ours, theirs)
-    return text.replace("SourceConfig", "source")
+    return re.sub(r"\b(?!Source)\w+Config\b", "section", text).replace("SourceConfig", "source")
 
 
 def _default(value: Any, field: dataclasses.Field[Any]) -> str:

@@ -16,7 +16,8 @@ from data.config import DataConfig
 from data.config import problems as data_problems
 from models import problems as model_problems
 from models.config import ModelConfig
-from parallel.config import EngineConfig
+from parallel.config import EngineConfig, ParallelConfig
+from trainer import layouts
 from trainer.folders import folder_problem, nearby, other_model, tokenizer_problem
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
@@ -86,6 +87,8 @@ class RunConfig:
     """What is trained for (conf/stage)."""
     data: DataConfig
     """Sources, tokens and batches (conf/data)."""
+    parallel: ParallelConfig
+    """How model and tokens are laid over the processes (conf/parallel)."""
     engine: EngineConfig
     """How a step is carried out (conf/engine)."""
     optim: OptimConfig
@@ -114,10 +117,11 @@ class Machine:
 def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> list[Problem]:
     """Every problem of the configuration at once; empty when the run may start.
 
-    ``world_size`` is the number of data-parallel processes. Reads only the file system; cheap enough for every rank.
+    ``world_size`` is the number of processes the launcher started. Reads only the file system; cheap enough for
+    every rank.
     """
     machine = machine or Machine.here()
-    rules = (_batch, _length, _training_length, _schedule, _stage, _start, _tokenizer, _resume)
+    rules = (_layout, _batch, _length, _training_length, _schedule, _stage, _start, _tokenizer, _resume)
     crossing = [problem for rule in rules for problem in rule(cfg, world_size)] + _engine(cfg, machine)
     told = {problem.key for problem in crossing}  # a rule over several sections says more than the section alone
     return [problem for problem in own_problems(cfg) if problem.key not in told] + crossing
@@ -127,23 +131,34 @@ def own_problems(cfg: RunConfig) -> list[Problem]:
     """What each section says of its own values."""
     rows = [(f"model.{key}", value, reason, way) for key, value, reason, way in model_problems(cfg.model)]
     rows += data_problems(cfg.data)
-    for section in (cfg.engine, cfg.optim, cfg.log, cfg.run):
+    for section in (cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run):
         rows += section.problems()
     return [Problem(*row) for row in rows]
 
 
+def _layout(cfg: RunConfig, world_size: int) -> list[Problem]:
+    return layouts.problems(_layout_of(cfg), world_size)
+
+
+def _layout_of(cfg: RunConfig) -> layouts.Layout:
+    return layouts.Layout(cfg.model, cfg.parallel, cfg.engine, cfg.data)
+
+
 def _batch(cfg: RunConfig, world_size: int) -> list[Problem]:
     rows, micro = cfg.data.global_batch_rows, cfg.data.micro_batch_rows
-    if rows < 1 or micro < 1 or rows % (micro * world_size) == 0:
+    if cfg.parallel.problems():
         return []
-    unit = micro * world_size
+    dp = _layout_of(cfg).dp(world_size)
+    if rows < 1 or micro < 1 or dp == 0 or rows % (micro * dp) == 0:
+        return []
+    unit = micro * dp
     below, above = rows // unit * unit, -(-rows // unit) * unit
     ways = [f"data.global_batch_rows={n}" for n in (below, above) if n > 0]
-    if rows % world_size == 0:
-        per_rank = rows // world_size
+    if rows % dp == 0:
+        per_rank = rows // dp
         ways.append(f"data.micro_batch_rows={max(m for m in range(1, min(micro, per_rank) + 1) if per_rank % m == 0)}")
     reason = (
-        f"is not a multiple of data.micro_batch_rows x processes = {micro} x {world_size} = {unit}, "
+        f"is not a multiple of data.micro_batch_rows x data parallel = {micro} x {dp} = {unit}, "
         "so the rows of one step cannot be shared out evenly"
     )
     return [Problem("data.global_batch_rows", rows, reason, " or ".join(ways))]
@@ -245,6 +260,7 @@ def ignored(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     optim, run, data, steps = cfg.optim, cfg.run, cfg.data, cfg.run.steps
     has_eval = bool(data.eval_sources) or data.eval_fraction > 0
     rows = [
+        *_ignored_layout(cfg.parallel),
         (
             optim.decay_steps != 0 and optim.schedule != "wsd",
             f"optim.decay_steps={optim.decay_steps} is ignored: only optim.schedule=wsd has a separate decay",
@@ -290,6 +306,18 @@ def ignored(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
         ),
     ]
     return [text for applies, text in rows if applies]
+
+
+def _ignored_layout(parallel: ParallelConfig) -> list[tuple[bool, str]]:
+    """Settings of an axis that has one rank only."""
+    needs = {"sequence_parallel": "tp", "schedule": "pp", "vpp": "pp", "stage_layers": "pp", "context": "cp"}
+    rows = []
+    for name, axis in needs.items():
+        value = getattr(parallel, name)
+        shown = "true" if value is True else list(value) if isinstance(value, tuple) else value
+        text = f"parallel.{name}={shown} is ignored: parallel.{axis}=1"
+        rows.append((_given(parallel, name) and getattr(parallel, axis) == 1, text))
+    return rows
 
 
 def _given(section: object, name: str) -> bool:

@@ -25,7 +25,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 VALUE_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
 PLAIN_FLAGS = ("--resolve", "--run", "-r", "--multirun", "-m")
 ASKING_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--shell-completion", "-sc")
-LAYOUT_WORDS = ("tp", "pp", "vpp", "cp", "ep", "dp", "tensor_parallel", "pipeline_parallel", "context_parallel")
+DATA_PARALLEL_WORDS = ("dp", "dp_size", "data_parallel", "data_parallel_size", "data_parallel_degree")
 
 
 def words_for_hydra(argv: Sequence[str], declared: Sequence[str] = ()) -> list[str]:
@@ -235,14 +235,9 @@ def _judge_key(
         return None
     value = "deleted" if override.is_delete() else str(override.input_line).partition("=")[2]
     exists = _exists(cfg, key)
-    if key in LAYOUT_WORDS or key.split(".")[0] == "parallel":
-        reason = (
-            "this version is data parallel only: tensor, pipeline, context and expert parallelism are not in it; "
-            "the data-parallel size is the number of processes the launcher starts"
-        )
-        return Problem(
-            key, value, reason, f"leave {key} out; engine.zero=3 shards a model that is too large for one device"
-        )
+    if key.split(".")[-1] in DATA_PARALLEL_WORDS and not exists:
+        reason = "data parallel is what is left over: launched processes / (parallel.tp x parallel.pp x parallel.cp)"
+        return Problem(key, value, reason, f"leave {key} out and start that many times more processes")
     if exists and override.is_add() and not override.is_force_add():
         return Problem(f"+{key}", value, "the key exists already, so there is nothing to add", f"{key}={value}")
     if exists or override.is_add():

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """A setting that cannot work: which, what it was, why not, and what would."""
+    """A setting that cannot work: which, what it was, why not, and what would.
+
+    ``way_out`` may be several ways, one a line. Neighbours with the same ways have one way out together.
+    """
 
     key: str
     value: object
@@ -28,11 +31,19 @@ def format_problems(problems: Sequence[Problem]) -> str:
     """
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = [f"The configuration has {count}; nothing was started."]
-    for problem in problems:
+    for problem, after in zip(problems, [*problems[1:], None], strict=True):
         lines.append(f"  {problem.key} = {_show(problem.value)}")
         lines.append(f"      {problem.reason}")
-        lines.append(f"      {'' if problem.way_out.startswith('did you mean') else 'try: '}{problem.way_out}")
+        if after is None or after.way_out != problem.way_out or "\n" not in problem.way_out:
+            lines += _ways(problem.way_out)
     return "\n".join(lines)
+
+
+def _ways(way_out: str) -> list[str]:
+    """The ways out, one a line."""
+    first, *others = way_out.split("\n")
+    lead = "" if first.startswith("did you mean") else "try: "
+    return [f"      {lead}{first}", *(f"       or: {way}" for way in others)]
 
 
 def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:

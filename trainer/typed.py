@@ -35,7 +35,10 @@ def build(cls: type[T], tree: object, key: str, problems: list[Problem], example
 
 
 def keys(cls: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a dataclass; a list of sections ends in ``[]``, as in ``data.sources[].path``."""
+    """Every dotted key of a dataclass; a list of sections ends in ``[]``, as in ``data.sources[].path``.
+
+    A section that may be null (``model.moe``) is a key itself, besides those in it.
+    """
     found: list[str] = []
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -44,7 +47,8 @@ def keys(cls: type, prefix: str = "") -> list[str]:
         if inner is None:
             found.append(path)
         else:
-            found += ([path] if many else []) + keys(inner, f"{path}[]." if many else f"{path}.")
+            found += [path] if hints[field.name] is not inner else []
+            found += keys(inner, f"{path}[]." if many else f"{path}.")
     return found
 
 

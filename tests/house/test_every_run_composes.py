@@ -76,7 +76,7 @@ def test_named_run_is_complete(run: str, world_size: int, composed: Compose, wor
     assert re.search(rf"^#\s+torchrun .*train\.py.* run={run}\b", command, re.MULTILINE), "the header shows the command"
 
 
-@pytest.mark.parametrize("group", ["stage", "engine", "optim", "log", "data"])
+@pytest.mark.parametrize("group", ["stage", "engine", "optim", "log", "data", "parallel"])
 def test_each_option_of_a_group_composes(group: str, composed: Compose) -> None:
     for option in options(group):
         cfg = composed("data.sources=[{path: chats.jsonl}]", "run.steps=1") if group != "data" else composed()
@@ -88,7 +88,7 @@ def test_each_option_of_a_group_composes(group: str, composed: Compose) -> None:
 
 def test_conf_has_no_key_that_the_dataclasses_lack() -> None:
     legal = set(typed.keys(RunConfig))
-    for group in ("model", "stage", "data", "engine", "optim", "log"):
+    for group in ("model", "stage", "data", "parallel", "engine", "optim", "log"):
         for option in options(group):
             unknown = keys_of(section(group, option), f"{group}.") - legal - {f"{group}.defaults"}
             assert not unknown, f"conf/{group}/{option}.yaml: {sorted(unknown)}"
@@ -104,6 +104,7 @@ def test_every_key_can_be_set_without_a_plus() -> None:
     chosen = {
         "stage": "sft",
         "data": "default",
+        "parallel": "single",
         "engine": "zero1",
         "optim": "adamw",
         "log": "default",
@@ -118,7 +119,7 @@ def test_every_key_can_be_set_without_a_plus() -> None:
 def test_yaml_and_dataclass_agree_on_defaults(composed: Compose) -> None:
     """A setting counts as given when it differs from the dataclass default, so the two may not drift apart."""
     cfg = load(composed("data.sources=[{path: chats.jsonl}]"))
-    for part in (cfg.data, cfg.engine, cfg.optim, cfg.log, cfg.run):
+    for part in (cfg.data, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run):
         for field in dataclasses.fields(part):
             if field.default is not dataclasses.MISSING:
                 assert getattr(part, field.name) == field.default, f"{type(part).__name__}.{field.name}"

@@ -23,7 +23,9 @@ REFUSALS = [
     # the command line
     ("optim.leraning_rate=3e-4", ["optim.leraning_rate", "did you mean optim.lr?"]),
     ("model=lama7b", ["conf/model has no such option", "model=llama7b"]),
-    ("parallel.tp=2", ["data parallel only"]),
+    ("tp=2", ["did you mean parallel.tp?"]),
+    ("parallel.tensor_parallel=2", ["did you mean parallel.tp?"]),
+    ("parallel.dp=2", ["launched processes /", "leave parallel.dp out"]),
     ("optim.lr=1 optim.lr=2", ["more than once"]),
     ("optim.lr", ["optim.lr=VALUE"]),
     # types
@@ -37,7 +39,10 @@ REFUSALS = [
     ("data.sources=[{pth: chats.jsonl}]", ["did you mean data.sources[0].path?"]),
     ("run.steps=abc optim.lr=fast engine.zero=4", ["3 problems", "run.steps", "optim.lr", "engine.zero"]),
     # batch and length
-    ("data.global_batch_rows=7", ["x processes = 1 x 2 = 2", "data.global_batch_rows=6 or data.global_batch_rows=8"]),
+    (
+        "data.global_batch_rows=7",
+        ["x data parallel = 1 x 2 = 2", "rows=6 or data.global_batch_rows=8"],
+    ),
     (
         "data.global_batch_rows=10 data.micro_batch_rows=4",
         ["4 x 2 = 8", "data.global_batch_rows=8 or data.global_batch_rows=16 or data.micro_batch_rows=1"],

@@ -99,7 +99,8 @@ class Told(torch.nn.Module):
         super().__init__()
         self.loss_T = torch.tensor(loss_T)
 
-    def forward(self, tokens_T, positions_T, cu_seqlens, max_seqlen, targets_T, loss_weight):
+    def forward(self, tokens_T, positions_T, cu_seqlens, max_seqlen, channel_T, targets_T, loss_weight):
+        assert channel_T.shape == tokens_T.shape
         loss_T = self.loss_T.where(targets_T != -100, torch.zeros(()))
         return loss_weight * loss_T.sum(), loss_T
 

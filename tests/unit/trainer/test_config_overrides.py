@@ -23,6 +23,7 @@ FILES = {
     "run/default.yaml": "steps: null\nname: null\n",
 }
 DECLARED = ["model.layers", "model.window", "data.sources", "data.sources[].path", "data.sources[].weight", "optim.lr"]
+DECLARED += ["parallel.tp", "parallel.cp"]
 
 
 def preflight(argv: list[str], declared: list[str], conf: Path) -> None:
@@ -94,10 +95,16 @@ def test_lets_pass(argv: list[str], conf: Path) -> None:
         (["model=small", "model=llama7b"], ["more than once"]),
         (["+optim.lr=1"], ["exists already", "try: optim.lr=1"]),
         (["data=two", "data.sources.7.path=2"], ["data.sources.7.path"]),
-        (["parallel.tp=2"], ["parallel.tp", "data parallel only", "engine.zero=3"]),
+        (["parallel.tensor_parallel=2"], ["parallel.tensor_parallel", "did you mean parallel.tp?"]),
+        (["tensor_model_parallel_size=2"], ["did you mean parallel.tp?"]),
+        (["pipeline_parallel=2"], ["did you mean parallel.pp?"]),
+        (["expert_parallel_size=2"], ["did you mean parallel.ep?"]),
+        (["parallel.dp=2"], ["parallel.dp = 2", "launched processes / (parallel.tp", "leave parallel.dp out"]),
+        (["dp=2"], ["leave dp out"]),
         (["optim.lr=1,2"], ["several values mean several runs", "--multirun"]),
         (["--config-dir", "/no/such/folder"], ["--config-dir = /no/such/folder", "there is no such folder"]),
-        (["tp=2"], ["data parallel only"]),
+        (["tp=2"], ["did you mean parallel.tp?"]),
+        (["cp=2"], ["did you mean parallel.cp?"]),
     ],
 )
 def test_refuses(argv: list[str], fragments: list[str], conf: Path) -> None:
@@ -108,7 +115,7 @@ def test_refuses(argv: list[str], fragments: list[str], conf: Path) -> None:
 
 
 def test_everything_wrong_is_told_at_once(conf: Path) -> None:
-    argv = ["optim.lrr=1", "model=lama7b", "lr", "2", "parallel.tp=2", "run.steps=1", "run.steps=2", "--clip=3"]
+    argv = ["optim.lrr=1", "model=lama7b", "lr", "2", "parallel.tpp=2", "run.steps=1", "run.steps=2", "--clip=3"]
     with pytest.raises(ValueError, match="has 6 problems"):
         preflight(argv, DECLARED, conf)
 

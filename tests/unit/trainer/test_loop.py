@@ -11,7 +11,7 @@ import torch
 
 from data.batch import Document, MicroBatch, collate
 from data.config import DataConfig, SourceConfig
-from parallel.config import EngineConfig
+from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import StepResult
 from parallel.groups import Groups
 from parallel.sharding import Axis
@@ -123,6 +123,7 @@ def world(total: int, held_out: int = 0, precision: Any = "fp32", every: int = 1
         model=cases.TINY,
         stage=StageConfig(),
         data=data_cfg,
+        parallel=ParallelConfig(),
         engine=EngineConfig(precision=precision),
         optim=OptimConfig(lr=1.0, schedule="linear", warmup_steps=2, min_lr_ratio=0.0),
         log=LogConfig(every=every),
