@@ -17,8 +17,10 @@ SHOWN = 5
 
 
 def whole_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The uncut shape of every parameter, from the meta device."""
-    return {name: shard_of(p).whole_shape(p.shape) for name, p in build(cfg).named_parameters()}
+    """The uncut shape of every parameter and persistent buffer, from the meta device."""
+    model = build(cfg)
+    shapes = {name: shard_of(p).whole_shape(p.shape) for name, p in model.named_parameters()}
+    return shapes | {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
 
 
 def weight_rules(cfg: ModelConfig) -> tuple[dict[str, Rule], set[str]]:

@@ -76,6 +76,53 @@ class MoEConfig:
     capacity: float | None = None
     """An expert takes at most so many times its even share of a document's tokens; null drops none."""
 
+    def problems(self) -> list[Problem]:
+        """Every value that cannot work in any family, as (key, value, reason, way out)."""
+        keys = ("num_experts", "top_k", "expert_size", "groups", "groups_kept")
+        found: list[Problem] = [
+            (f"moe.{key}", getattr(self, key), "must be at least 1", f"model.moe.{key}=1 or more")
+            for key in keys
+            if getattr(self, key) < 1
+        ]
+        found += [
+            (f"moe.{key}", getattr(self, key), "must not be below 0", f"model.moe.{key}=0")
+            for key in ("shared_size", "first_dense", "bias_rate", "balance_loss", "z_loss")
+            if getattr(self, key) < 0
+        ]
+        if found:
+            return found
+        if self.scale <= 0:
+            found.append(("moe.scale", self.scale, "must be above 0", "model.moe.scale=1"))
+        if self.capacity is not None and self.capacity <= 0:
+            reason = "leaves every expert without a token"
+            found.append(("moe.capacity", self.capacity, reason, "model.moe.capacity=null to drop none"))
+        if self.shared_gate and not self.shared_size:
+            way = "model.moe.shared_gate=false, or model.moe.shared_size above 0"
+            found.append(("moe.shared_gate", True, "there is no shared expert (shared_size=0)", way))
+        if self.bias_rate and not self.correction_bias:
+            way = "model.moe.correction_bias=true, or model.moe.bias_rate=0"
+            found.append(("moe.bias_rate", self.bias_rate, "there is no bias to move (correction_bias=false)", way))
+        return found + self._group_problems()
+
+    def _group_problems(self) -> list[Problem]:
+        if self.num_experts % self.groups:
+            near = max(n for n in range(1, self.groups + 1) if self.num_experts % n == 0)
+            reason = f"the {self.num_experts} experts (num_experts) cannot be put evenly into {self.groups} groups"
+            return [("moe.groups", self.groups, reason, f"model.moe.groups={near}")]
+        if self.groups_kept > self.groups:
+            reason = f"there are {self.groups} groups"
+            return [("moe.groups_kept", self.groups_kept, reason, f"model.moe.groups_kept={self.groups}")]
+        inside = self.num_experts // self.groups
+        if self.group_score == "top2_sum" and self.groups > 1 and inside < 2:
+            way = f"model.moe.groups={max(1, self.num_experts // 2)} or fewer"
+            return [("moe.groups", self.groups, "a group counts its two best experts but has one", way)]
+        choice = inside * self.groups_kept
+        if self.top_k > choice:
+            of = f" in {self.groups_kept} of {self.groups} groups" if self.groups > 1 else ""
+            reason = f"a token can choose among {choice} experts only{of}"
+            return [("moe.top_k", self.top_k, reason, f"model.moe.top_k={choice}")]
+        return []
+
 
 @dataclass(frozen=True)
 class MLAConfig:
@@ -139,7 +186,13 @@ class ModelConfig:
 
     def size_problems(self) -> list[Problem]:
         """Every size that cannot work in any family, as (key, value, reason, way out)."""
-        return self._size_problems() + self._rope_problems()
+        found = self._size_problems() + self._rope_problems() + (self.moe.problems() if self.moe else [])
+        if self.moe is not None and self.moe.first_dense >= self.num_layers >= 1:
+            reason = f"leaves no layer of num_layers={self.num_layers} to the experts"
+            found.append(("moe.first_dense", self.moe.first_dense, reason, "model.moe.first_dense=0"))
+        if self.moe is not None and self.mlp_bias:
+            found.append(("mlp_bias", True, "experts have no biases", "model.mlp_bias=false"))
+        return found
 
     def _size_problems(self) -> list[Problem]:
         sizes = (

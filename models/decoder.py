@@ -20,8 +20,10 @@ from models.blocks.context import Context
 from models.blocks.embedding import token_embedding
 from models.blocks.mla import LatentAttention
 from models.blocks.mlp import SwiGLU
+from models.blocks.moe import MoE
 from models.blocks.norm import RMSNorm
 from models.blocks.rope import Rope
+from models.blocks.router import Tokens
 from models.config import ModelConfig, Runtime
 from models.heads import LMHead, ScalarHead
 from parallel.sharding import SINGLE, Place, tie_ends
@@ -57,12 +59,14 @@ class Layer(nn.Module):
             else Attention(cfg, index, place, runtime.attention)
         )
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place, place.splits_rows)
-        self.mlp = SwiGLU(cfg, place, self.selective)
+        self.mlp = (MoE if cfg.is_moe(index) else SwiGLU)(cfg, place, self.selective)
 
-    def forward(self, hidden_RD: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def forward(self, hidden_RD: torch.Tensor, packing: Packing, tokens: Tokens) -> torch.Tensor:
         normed, again = self.attn_norm(hidden_RD, self.selective)
         hidden_RD = self.attn(normed, hidden_RD, again, packing)
         normed, again = self.mlp_norm(hidden_RD, self.selective)
+        if isinstance(self.mlp, MoE):
+            return self.mlp(normed, hidden_RD, again, tokens)
         return self.mlp(normed, hidden_RD, again)
 
 
@@ -126,7 +130,8 @@ class Decoder(nn.Module):
             missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
             hidden_RD = self.embed(F.pad(tokens_T, (0, missing)) if missing else tokens_T)
         assert hidden_RD is not None, "only the first chunk begins with tokens"
-        hidden_RD = self._layers(hidden_RD, packing)
+        tokens = Tokens.of(tokens_T, packing.borders, channel_T, self.place)
+        hidden_RD = self._layers(hidden_RD, packing, tokens)
         if self.norm is None or self.head is None:
             return hidden_RD
         hidden_RD = self.norm(hidden_RD)[0]
@@ -135,13 +140,13 @@ class Decoder(nn.Module):
             return self.head(hidden_RD, targets_T, loss_weight)
         return self.head(hidden_RD) if output == "head" else hidden_RD
 
-    def _layers(self, hidden_RD: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def _layers(self, hidden_RD: torch.Tensor, packing: Packing, tokens: Tokens) -> torch.Tensor:
         remake = self.runtime.recompute == "full" and torch.is_grad_enabled()
         for layer in self.layers.values():
             if remake:
-                hidden_RD = checkpoint(layer, hidden_RD, packing, use_reentrant=False, preserve_rng_state=False)
+                hidden_RD = checkpoint(layer, hidden_RD, packing, tokens, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden_RD = layer(hidden_RD, packing)
+                hidden_RD = layer(hidden_RD, packing, tokens)
         return hidden_RD
 
     def _packing(

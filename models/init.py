@@ -5,7 +5,7 @@
 | `normal`          | normal, std = `init_std`                      | embed, attn.qkv, mlp.gate_up, head              |
 | `normal_residual` | normal, std = `init_std / sqrt(2 num_layers)` | attn.out, mlp.down (they write to the residual) |
 | `ones`            | 1                                             | all norms                                       |
-| `zeros`           | 0                                             | all biases                                      |
+| `zeros`           | 0                                             | all biases, all buffers                         |
 
 A draw depends on nothing else: not on the layout, not on which parameters came before. Source of the residual rule:
 Radford et al. 2019 (GPT-2), section 2.3.
@@ -38,10 +38,13 @@ class InitSource:
 
     def __init__(self, cfg: ModelConfig, seed: int) -> None:
         self.cfg, self.seed = cfg, seed
-        self._params = dict(build(cfg).named_parameters())
+        model = build(cfg)
+        self._params, self._buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of parameter `name`, fp32 on the CPU; the same at every call."""
+        """The whole tensor of parameter or buffer `name`, fp32 on the CPU; the same at every call."""
+        if name in self._buffers:
+            return torch.zeros(self._buffers[name].shape, device="cpu")
         param = self._params[name]
         whole = shard_of(param).whole_shape(param.shape)
         return init_tensor(name, whole, init_of(param), self.seed, self.cfg)

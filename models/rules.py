@@ -59,7 +59,45 @@ class Concat:
         return dict(zip(self.hf, tensor.split(self.sizes), strict=True))
 
 
-Rule = Rename | Concat
+@dataclass(frozen=True)
+class Stack:
+    """One of our tensors holds the same tensor of every expert, [E, ...]; `hf` names those of each expert.
+
+    Where an expert has several (gate, up), they lie one after another along its first dim, `sizes` rows each.
+    """
+
+    ours: str
+    hf: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The Hugging Face tensors this rule reads, in order."""
+        return tuple(name for names in self.hf for name in names)
+
+    def hf_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of each Hugging Face tensor, from that of our whole tensor."""
+        return {name: (size, *shape[2:]) for names in self.hf for name, size in zip(names, self.sizes, strict=True)}
+
+    def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Our whole tensor from theirs."""
+        first = tensors[self.hf[0][0]]
+        whole = first.new_empty(len(self.hf), sum(self.sizes), *first.shape[1:])
+        for into, names in zip(whole, self.hf, strict=True):
+            for part, name in zip(into.split(self.sizes), names, strict=True):
+                part.copy_(tensors[name])
+        return whole
+
+    def to_hf(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their tensors from our whole one (views)."""
+        return {
+            name: part
+            for expert, names in zip(tensor, self.hf, strict=True)
+            for name, part in zip(names, expert.split(self.sizes), strict=True)
+        }
+
+
+Rule = Rename | Concat | Stack
 
 
 @dataclass(frozen=True)
@@ -78,11 +116,27 @@ class Unused:
     why: str
 
 
-def llama_rules(cfg: ModelConfig) -> Iterator[Rule | Tie]:
-    """The names of Llama, which Qwen2 and Qwen3 share; biases and q/k norms where the config has them."""
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a layer of experts and its parts are called; by default as in Qwen3-MoE and DeepSeek."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_experts"
+
+
+def llama_rules(cfg: ModelConfig, experts: ExpertNames = ExpertNames()) -> Iterator[Rule | Tie]:
+    """The names of Llama, which all families share; biases, q/k norms and experts where the config has them."""
     yield Rename("embed.weight", "model.embed_tokens.weight")
     for i in range(cfg.num_layers):
-        yield from _layer_rules(cfg, f"layers.{i}.", f"model.layers.{i}.")
+        ours, hf = f"layers.{i}.", f"model.layers.{i}."
+        yield from _layer_rules(cfg, ours, hf)
+        if cfg.is_moe(i):
+            yield from _expert_rules(cfg, experts, f"{ours}mlp.", f"{hf}{experts.block}.")
+        else:
+            yield from _dense_rules(f"{ours}mlp.", f"{hf}mlp.", cfg.intermediate_size, cfg.mlp_bias)
     yield Rename("norm.weight", "model.norm.weight")
     if cfg.head == "scalar":
         yield Rename("head.weight", "score.weight")
@@ -93,14 +147,31 @@ def llama_rules(cfg: ModelConfig) -> Iterator[Rule | Tie]:
 
 
 def _layer_rules(cfg: ModelConfig, ours: str, hf: str) -> Iterator[Rule]:
-    gate_up = (f"{hf}mlp.gate_proj", f"{hf}mlp.up_proj")
-    halves = (cfg.intermediate_size, cfg.intermediate_size)
     yield Rename(f"{ours}attn_norm.weight", f"{hf}input_layernorm.weight")
     yield from (_latent_rules if cfg.mla else _attention_rules)(cfg, f"{ours}attn.", f"{hf}self_attn.")
     yield Rename(f"{ours}mlp_norm.weight", f"{hf}post_attention_layernorm.weight")
-    for kind in ("weight", "bias") if cfg.mlp_bias else ("weight",):
-        yield Concat(f"{ours}mlp.gate_up.{kind}", tuple(f"{name}.{kind}" for name in gate_up), halves)
-        yield Rename(f"{ours}mlp.down.{kind}", f"{hf}mlp.down_proj.{kind}")
+
+
+def _dense_rules(ours: str, hf: str, ffn: int, bias: bool) -> Iterator[Rule]:
+    for kind in ("weight", "bias") if bias else ("weight",):
+        yield Concat(f"{ours}gate_up.{kind}", (f"{hf}gate_proj.{kind}", f"{hf}up_proj.{kind}"), (ffn, ffn))
+        yield Rename(f"{ours}down.{kind}", f"{hf}down_proj.{kind}")
+
+
+def _expert_rules(cfg: ModelConfig, names: ExpertNames, ours: str, hf: str) -> Iterator[Rule]:
+    moe = cfg.moe
+    assert moe is not None
+    each = [f"{hf}experts.{i}." for i in range(moe.num_experts)]
+    yield Rename(f"{ours}router.weight", f"{hf}gate.weight")
+    if moe.correction_bias:
+        yield Rename(f"{ours}router.bias", f"{hf}gate.e_score_correction_bias")
+    gate_up = tuple((f"{expert}{names.gate}.weight", f"{expert}{names.up}.weight") for expert in each)
+    yield Stack(f"{ours}experts.gate_up", gate_up, (moe.expert_size, moe.expert_size))
+    yield Stack(f"{ours}experts.down", tuple((f"{expert}{names.down}.weight",) for expert in each), (cfg.hidden_size,))
+    if moe.shared_size:
+        yield from _dense_rules(f"{ours}shared.", f"{hf}{names.shared}.", moe.shared_size, False)
+    if moe.shared_gate:
+        yield Rename(f"{ours}shared.gate", f"{hf}{names.shared}_gate.weight")
 
 
 def _attention_rules(cfg: ModelConfig, ours: str, hf: str) -> Iterator[Rule]:

@@ -14,7 +14,7 @@ class TensorSource(Protocol):
     """Whole (uncut) weights by Loom's parameter names: a checkpoint, a Hugging Face folder, or the initialiser."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of parameter ``name``, any float type, on the CPU."""
+        """The whole tensor of parameter or buffer ``name``, any float type, on the CPU."""
         ...
 
 
@@ -38,7 +38,7 @@ def fill_(param: nn.Parameter, whole: torch.Tensor, cut: Cut, device: torch.devi
 def materialise(
     model: nn.Module, source: TensorSource, cut: Cut, device: torch.device, zero_config: Any = None
 ) -> None:
-    """Fill every parameter of ``model`` from ``source``.
+    """Fill every parameter and persistent buffer of ``model`` from ``source``; buffers are not cut.
 
     With ``zero_config`` (a DeepSpeed dictionary with ZeRO-3) each leaf module is partitioned as soon as it is filled,
     so that no rank ever holds more than one whole leaf above its share.
@@ -52,8 +52,11 @@ def materialise(
             done.add(id(param))
         if fresh and zero_config is not None:
             partition_leaf(module, zero_config)
-    for buffer_name, buffer in model.named_buffers():
-        assert buffer.device.type != "meta", f"buffer {buffer_name} was left on the meta device"
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            whole = source.tensor(name).to(device=device, dtype=torch.float32, copy=True)
+            assert whole.shape == buffer.shape, f"source gave {tuple(whole.shape)} for buffer {name}"
+            setattr(module, name.rpartition(".")[2], whole)
 
 
 def partition_leaf(module: nn.Module, zero_config: Any) -> None:

@@ -37,8 +37,13 @@ class _Swiglu(torch.autograd.Function):
         return out
 
 
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """`swiglu_product`, differentiable."""
+    return _Swiglu.apply(gate_up)
+
+
 class SwiGLU(nn.Module):
-    """hidden [T, D] -> residual + down(silu(gate) * up)."""
+    """normed [R, D] -> residual + down(silu(gate) * up)."""
 
     def __init__(self, cfg: ModelConfig, place: Place, selective: bool) -> None:
         super().__init__()
@@ -47,7 +52,7 @@ class SwiGLU(nn.Module):
         self.gate_up = ColumnLinear(cfg.hidden_size, (ffn, ffn), cfg.mlp_bias, "normal", place)
         self.down = RowLinear(ffn, cfg.hidden_size, cfg.mlp_bias, "normal_residual", place)
 
-    def forward(self, normed_TD: torch.Tensor, residual_TD: torch.Tensor, again: Again | None) -> torch.Tensor:
-        gate_up = self.gate_up(normed_TD, again)
-        product = _Swiglu.apply(gate_up)
-        return self.down(product, residual_TD, Again(swiglu_product, (gate_up.detach(),)) if self.selective else None)
+    def forward(self, normed_RD: torch.Tensor, residual_RD: torch.Tensor, again: Again | None) -> torch.Tensor:
+        gate_up = self.gate_up(normed_RD, again)
+        product = swiglu(gate_up)
+        return self.down(product, residual_RD, Again(swiglu_product, (gate_up.detach(),)) if self.selective else None)
