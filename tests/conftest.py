@@ -15,7 +15,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], P
     pools: dict[int, Pool] = {}
 
     def of(size: int) -> Pool:
-        if size not in pools:
+        if size not in pools or not pools[size].alive:
             pools[size] = Pool(size, tmp_path_factory.mktemp(f"pool{size}"))
         return pools[size]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 300
+AFTER_FAILURE_S = 10
 
 
 class Pool:
@@ -19,6 +21,7 @@ class Pool:
     def __init__(self, size: int, folder: Path):
         context = mp.get_context("spawn")
         self.size = size
+        self.alive = True
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
@@ -35,16 +38,36 @@ class Pool:
         """
         for pipe in self.pipes:
             pipe.send((function, args, kwargs))
-        results, failed = [], []
-        for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(TIMEOUT_S), f"rank {rank} of {self.size} did not answer within {TIMEOUT_S} s"
-            good, value = pipe.recv()
-            (results if good else failed).append(value if good else f"rank {rank}:\n{value}")
+        results: dict[int, Any] = {}
+        failed: list[str] = []
+        end = time.monotonic() + TIMEOUT_S
+        while len(results) < self.size and (left := end - time.monotonic()) > 0:
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
+            for pipe in wait(waiting, left):
+                rank = self.pipes.index(pipe)  # pyright: ignore[reportArgumentType]
+                good, value = self.pipes[rank].recv()
+                results[rank] = value
+                if not good:
+                    failed.append(f"rank {rank}:\n{value}")
+                    # The others may wait for ever in a collective that this one has left.
+                    end = min(end, time.monotonic() + AFTER_FAILURE_S)
+        missing = [rank for rank in range(self.size) if rank not in results]
+        if missing:
+            self.kill()
+            failed.append(f"no answer from ranks {missing}; the pool was ended")
         assert not failed, "\n".join(failed)
-        return results
+        return [results[rank] for rank in range(self.size)]
+
+    def kill(self) -> None:
+        """End processes that no longer answer."""
+        self.alive = False
+        for process in self.processes:
+            process.kill()
 
     def close(self) -> None:
         """End the processes."""
+        if not self.alive:
+            return
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:

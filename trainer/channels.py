@@ -12,12 +12,14 @@ Sums = dict[str, tuple[float, float]]
 
 
 def local_sums(terms: Sequence[torch.Tensor], names: Sequence[str]) -> Sums:
-    """Sums of this rank's micro-batches for the channels that occur in them.
+    """Sums of this rank's micro-batches for the channels that occur in them; none from a rank that does not report.
 
     Args:
         terms: one [C, 2] tensor for each micro-batch: loss sum and token count by channel.
         names: the C channel names.
     """
+    if not terms:
+        return {}
     total_C2 = torch.stack(list(terms)).sum(0).tolist()
     return {name: (loss, count) for name, (loss, count) in zip(names, total_C2, strict=True) if count > 0}
 
