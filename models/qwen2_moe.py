@@ -61,13 +61,6 @@ def problems(cfg: ModelConfig) -> list[Problem]:
     if not moe.shared_size:
         reason = "Qwen2-MoE always has a shared expert"
         found.append(("moe.shared_size", 0, reason, f"model.moe.shared_size={4 * moe.expert_size}"))
-    if cfg.hidden_size % cfg.num_heads or cfg.head_dim != cfg.hidden_size // cfg.num_heads:
-        reason = f"Qwen2-MoE has heads of hidden_size / num_heads = {cfg.hidden_size} / {cfg.num_heads}"
-        near = max(1, round(cfg.hidden_size / cfg.num_heads))
-        way = f"model.head_dim={near}" + (
-            "" if near * cfg.num_heads == cfg.hidden_size else f" and model.hidden_size={near * cfg.num_heads}"
-        )
-        found.append(("head_dim", cfg.head_dim, reason, way))
     return found + expert_problems(moe, "Qwen2-MoE", {"shared_gate": True})
 
 
