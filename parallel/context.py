@@ -90,6 +90,11 @@ def _cut_around_the_middle(start: int, shares: Sequence[int], held: list[list[Ra
         held[rank] += [(a, b) for a, b in (front, back) if a < b]
 
 
+def places(ranges: Sequence[Range]) -> torch.Tensor:
+    """int64: the tokens of a rank's ranges, one by one."""
+    return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in ranges)])
+
+
 def rows_of(placement: Placement) -> tuple[int, ...]:
     """How many tokens each rank has."""
     return tuple(sum(b - a for a, b in ranges) for ranges in placement)
@@ -146,8 +151,8 @@ class _ScatterHeads(torch.autograd.Function):
         for part in parts:
             if part.shape[1] % size:  # fewer heads than ranks: each goes to several neighbours
                 part = part.repeat_interleave(size // part.shape[1], 1)
-            blocks.append(part.reshape(here, size, -1))
-        to_each = torch.cat(blocks, 2).transpose(0, 1).reshape(size * here, -1)
+            blocks.append(part.reshape(here, size, part.shape[1] // size * part.shape[2]))
+        to_each = torch.cat(blocks, 2).transpose(0, 1).flatten(0, 1)
         return _all_to_all(to_each, [here] * size, rows, axis)
 
     @staticmethod
@@ -173,13 +178,13 @@ class _GatherHeads(torch.autograd.Function):
         ctx.axis, ctx.rows = axis, rows
         here, size = rows[axis.rank], axis.size
         back = _all_to_all(out, rows, [here] * size, axis).view(size, here, out.shape[1])
-        return back.transpose(0, 1).reshape(here, -1)
+        return back.transpose(0, 1).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         axis, rows = ctx.axis, ctx.rows
         here, size = rows[axis.rank], axis.size
-        to_each = grad.reshape(here, size, grad.shape[1] // size).transpose(0, 1).reshape(size * here, -1)
+        to_each = grad.reshape(here, size, grad.shape[1] // size).transpose(0, 1).flatten(0, 1)
         return None, None, _all_to_all(to_each, [here] * size, rows, axis)
 
 

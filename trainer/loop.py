@@ -15,6 +15,7 @@ from parallel.engine import Engine, StepResult
 from parallel.groups import Groups
 from trainer import channels
 from trainer.config import RunConfig
+from trainer.context import local_part
 from trainer.logging.log import Log
 from trainer.logging.perf import PerfMeter
 from trainer.stages.next_token import NextToken
@@ -69,10 +70,11 @@ class Trainer:
         """One optimizer step on the next global batch. Returns its result, and tokens and FLOPs over all ranks."""
         data, dp = self.cfg.data, self.groups.dp
         rows = self.data.global_batch(progress.position, data.global_batch_rows)
-        batches = self.data.micro_batches(rows, dp.rank, dp.size, data.micro_batch_rows)
+        whole = self.data.micro_batches(rows, dp.rank, dp.size, data.micro_batch_rows)
+        batches = [self._part_here(batch) for batch in whole]
         tokens = float(sum(batch.tokens_T.numel() for batch in batches))
-        local = [self.stage.count(batches), tokens, sum(self.flops(batch) for batch in batches)]
-        count, tokens, flops = self.groups.sum(local)
+        flops = sum(self.flops(batch) for batch in whole) / self.groups.cp.size
+        count, tokens, flops = self.groups.sum([self.stage.count(batches), tokens, flops])
         batches = [on_device(batch, self.groups.device) for batch in batches]
         result = self.engine.train_step(batches, self.stage.forward, count, lr)
         progress.step += 1
@@ -90,7 +92,12 @@ class Trainer:
         self.log.step(step, metrics | meter.read())
 
     def _eval_batches(self) -> list[MicroBatch]:
-        return self.data.eval_batches(self.groups.dp.rank, self.groups.dp.size, self.cfg.data.micro_batch_rows)
+        dp = self.groups.dp
+        whole = self.data.eval_batches(dp.rank, dp.size, self.cfg.data.micro_batch_rows)
+        return [self._part_here(batch) for batch in whole]
+
+    def _part_here(self, batch: MicroBatch) -> MicroBatch:
+        return local_part(batch, self.groups.cp, self.cfg.parallel.context)
 
     def _evaluate(self, batches: list[MicroBatch], step: int) -> None:
         terms = self.engine.evaluate(batches, self.stage.forward)

@@ -153,11 +153,26 @@ def flash_kernel() -> Callable[..., torch.Tensor]:
         ) from err
 
 
-BACK_ENDS: dict[str, Callable[[torch.Tensor, Packing, Heads], torch.Tensor]] = {
+BackEnd = Callable[[torch.Tensor, Packing, Heads], torch.Tensor]
+BACK_ENDS: dict[str, BackEnd] = {
     "sdpa": sdpa,
     "flash_attn": flash_attn,
     "eager": eager,
 }
+
+
+def attention(qkv: torch.Tensor, packing: Packing, heads: Heads, back_end: BackEnd) -> torch.Tensor:
+    """The heads' outputs for the tokens here, [t, (H + 2G) K] -> [t, H K]; documents may go on at other cp ranks."""
+    context = packing.context
+    if context is None:
+        return back_end(qkv, packing, heads)
+    if context.kind == "ulysses":
+        size = context.axis.size
+        few = Heads(heads.queries // size, max(heads.groups // size, 1), heads.dim, heads.window)
+        return ulysses_attention(_split(qkv, heads), context, lambda every: back_end(every, packing, few))
+    qkv = rotate_qk(qkv, packing.cos_TK, packing.sin_TK, heads.parts[0] + heads.parts[1], heads.dim)
+    q, k, v = _split(qkv, heads)
+    return ring_attention(q, k, v, context.rings[heads.window]).flatten(1)
 
 
 class Attention(nn.Module):
@@ -181,16 +196,4 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = _split(qkv, self.heads)
             qkv = torch.cat([self.q_norm(q)[0].flatten(1), self.k_norm(k)[0].flatten(1), v.flatten(1)], 1)
-        return self.out(self._attend(qkv, packing), residual_TD)
-
-    def _attend(self, qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
-        context, heads = packing.context, self.heads
-        if context is None:
-            return self.back_end(qkv, packing, heads)
-        if context.kind == "ulysses":
-            size = context.axis.size
-            few = Heads(heads.queries // size, max(heads.groups // size, 1), heads.dim, heads.window)
-            return ulysses_attention(_split(qkv, heads), context, lambda every: self.back_end(every, packing, few))
-        qkv = rotate_qk(qkv, packing.cos_TK, packing.sin_TK, heads.parts[0] + heads.parts[1], heads.dim)
-        q, k, v = _split(qkv, heads)
-        return ring_attention(q, k, v, context.rings[heads.window]).flatten(1)
+        return self.out(attention(qkv, packing, self.heads, self.back_end), residual_TD)

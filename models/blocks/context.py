@@ -251,13 +251,18 @@ def _heads(rows: torch.Tensor, start: int, stop: int, docs: int) -> torch.Tensor
     return rows[start:stop].unflatten(0, (docs, -1)).transpose(1, 2)
 
 
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """What blocks are added up in: fp32 also for half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring: Ring, scale: float | None
     ) -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        log_sum_tH = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        out = torch.empty(q.shape, dtype=_wide(q), device=q.device)
+        log_sum_tH = torch.empty(q.shape[:2], dtype=_wide(q), device=q.device)
         passing = _start(_block(k, v, ring), ring, 1, _KEYS)
         _join(out, log_sum_tH, q, k, v, ring.own, scale)
         for step in range(1, ring.axis.size if ring.blocks else 1):
@@ -275,7 +280,7 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, log_sum_tH = ctx.saved_tensors
         ring: Ring = ctx.ring
         make = torch.empty if ring.disjoint else torch.zeros
-        dq, dk, dv = (make(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+        dq, dk, dv = (make(x.shape, dtype=_wide(x), device=x.device) for x in (q, k, v))
         kept = (grad, q, out, log_sum_tH, ctx.scale)
         passing = _start(_block(k, v, ring), ring, 1, _KEYS)
         _add_gradients(kept, k, v, (dq, dk, dv), ring.own, fresh=ring.disjoint)
@@ -284,7 +289,7 @@ class _RingAttention(torch.autograd.Function):
             assert passing is not None
             block = passing.wait()
             passing = _start(block, ring, step + 1, _KEYS)
-            block_grad = torch.zeros(block.shape, dtype=torch.float32, device=block.device)
+            block_grad = torch.zeros(block.shape, dtype=_wide(block), device=block.device)
             _add_gradients(kept, block[0], block[1], (dq, *block_grad), ring.foreign[step - 1], fresh=False)
             if grads_passing is not None:
                 block_grad += grads_passing.wait()
@@ -332,7 +337,7 @@ def _join(
             so_far.copy_(got)
             sums.copy_(got_sum)
         else:
-            so_far.lerp_(got.float(), torch.sigmoid(got_sum - sums)[:, :, None])
+            so_far.lerp_(got.to(out.dtype), torch.sigmoid(got_sum - sums)[:, :, None])
             torch.logaddexp(sums, got_sum, out=sums)
 
 
