@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PEER_GONE = re.compile(
-    r"[Cc]onnection (closed|reset)|Broken pipe|NCCL.*(remote|abort)|process group.*abort|[Tt]imed out"
-)
-"""What a collective says when another rank has left; the cause is that rank's message, not this one."""
+from parallel.watch import peer_gone
 
 MAIN_FIRST_S = 3.0
 """A mistake in the config is found by every rank; the launcher ends the others while they wait this long."""
@@ -37,7 +33,7 @@ def told_clearly(rank: int) -> Iterator[None]:
         _say(rank, f"{error}")
         sys.exit(2)
     except Exception as error:
-        if PEER_GONE.search(str(error)):
+        if peer_gone(error):  # outside the time in which a watch runs: that one ends the job with a page
             time.sleep(CAUSE_FIRST_S)
             _say(rank, f"stopped, because another rank left or did not answer ({_first_line(error)})")
         else:
