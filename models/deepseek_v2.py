@@ -147,9 +147,6 @@ def deepseek_problems(cfg: ModelConfig, family: str, fixed: Mapping[str, object]
     moe = cfg.moe
     if moe is None:
         return found
-    if moe.first_dense >= cfg.num_layers:
-        reason = f"leaves no layer of num_layers={cfg.num_layers} to the experts"
-        found.append(("moe.first_dense", moe.first_dense, reason, "model.moe=null for a dense model"))
     if moe.shared_size < moe.expert_size or moe.shared_size % moe.expert_size:
         near = max(1, round(moe.shared_size / moe.expert_size)) * moe.expert_size
         reason = f"{family} counts shared experts of expert_size={moe.expert_size}, at least one"

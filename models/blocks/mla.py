@@ -10,20 +10,22 @@ of the weights behind them are partial. Otherwise every rank has all rows and ge
 Legend: `H` heads of this rank; `N` nope_dim, `R` rope_dim, `K` = N + R, `V` value_dim.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from models.blocks.attention import Packing, flash_kernel
+from models.blocks.context import ring_attention, ulysses_attention
 from models.blocks.mla_cpu import cpu_latent_attention
 from models.blocks.norm import RMSNorm
 from models.blocks.rope import score_factor, turned_pairs
 from models.config import MLAConfig, ModelConfig
-from parallel.collectives import copy_to
+from parallel.collectives import enter, pad_rows
 from parallel.layers import ColumnLinear, RowLinear, parameter
 from parallel.matmul import Again, linear
 from parallel.sharding import REPLICATED, Place
@@ -41,23 +43,38 @@ class LatentHeads:
     scale: float
 
 
-def heads_of(
-    q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, packing: Packing, heads: LatentHeads
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Projected(NamedTuple):
+    """What attention is made from: queries [T, H K], keys without rotation | values [T, H (N + V)], and the part of the
+    keys that all heads share, before rotation [T, R]."""
+
+    q: torch.Tensor
+    kv: torch.Tensor
+    rope_key: torch.Tensor
+
+    def first(self, tokens: int) -> "Projected":
+        """Without the rows after so many tokens (padding)."""
+        return self if self.q.shape[0] == tokens else Projected(*(x[:tokens] for x in self))
+
+
+def heads_of(made: Projected, packing: Packing, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rotated queries and keys [T, H, K] and the values [T, H, V], by plain differentiable operations."""
     s = heads.sizes
-    q_nope, q_rope = q.unflatten(1, (heads.count, -1)).split((s.nope_dim, s.rope_dim), -1)
-    k_nope, v = kv.unflatten(1, (heads.count, -1)).split((s.nope_dim, s.value_dim), -1)
-    cos, sin = packing.cos_TK.to(q.dtype), packing.sin_TK.to(q.dtype)
-    k_rope = turned_pairs(rope_key[:, None], cos, sin).expand(-1, heads.count, -1)
+    q_nope, q_rope = made.q.unflatten(1, (heads.count, -1)).split((s.nope_dim, s.rope_dim), -1)
+    k_nope, v = made.kv.unflatten(1, (heads.count, -1)).split((s.nope_dim, s.value_dim), -1)
+    cos, sin = packing.cos_TK.to(q_rope.dtype), packing.sin_TK.to(q_rope.dtype)
+    k_rope = turned_pairs(made.rope_key[:, None], cos, sin).expand(-1, heads.count, -1)
     return torch.cat([q_nope, turned_pairs(q_rope, cos, sin)], -1), torch.cat([k_nope, k_rope], -1), v
 
 
-def eager(
-    q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, packing: Packing, heads: LatentHeads
-) -> torch.Tensor:
+def padded(heads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Heads made equally large with zeros, for kernels that want them so."""
+    width = max(x.shape[-1] for x in heads)
+    return [F.pad(x, (0, width - x.shape[-1])) for x in heads]
+
+
+def eager(made: Projected, packing: Packing, heads: LatentHeads) -> torch.Tensor:
     """The reference: all scores of a document, masked; fp32 softmax."""
-    q, k, v = heads_of(q, kv, rope_key, packing, heads)
+    q, k, v = heads_of(made, packing, heads)
     outs = []
     for start, stop in pairwise(packing.borders):
         scores_HTT = torch.einsum("thk,shk->hts", q[start:stop], k[start:stop]) * heads.scale
@@ -67,22 +84,18 @@ def eager(
     return torch.cat(outs).flatten(1)
 
 
-def sdpa(
-    q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, packing: Packing, heads: LatentHeads
-) -> torch.Tensor:
+def sdpa(made: Projected, packing: Packing, heads: LatentHeads) -> torch.Tensor:
     """torch's fused attention, once for each run of equally long documents."""
     s = heads.sizes
-    if q.device.type == "cpu" and s.value_dim <= s.nope_dim + s.rope_dim:
+    if made.q.device.type == "cpu" and s.value_dim <= s.nope_dim + s.rope_dim:
         tables = (packing.cos_TK, packing.sin_TK)
-        return cpu_latent_attention(q, kv, rope_key, *tables, s, heads.scale, packing.pieces[None])
-    return sdpa_pieces(q, kv, rope_key, packing, heads)
+        return cpu_latent_attention(*made, *tables, s, heads.scale, packing.pieces[None])
+    return sdpa_pieces(made, packing, heads)
 
 
-def sdpa_pieces(
-    q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, packing: Packing, heads: LatentHeads
-) -> torch.Tensor:
+def sdpa_pieces(made: Projected, packing: Packing, heads: LatentHeads) -> torch.Tensor:
     """The path through torch's public function, for devices other than the CPU."""
-    parts = heads_of(q, kv, rope_key, packing, heads)
+    parts = heads_of(made, packing, heads)
     outs = []
     for piece in packing.pieces[None]:
         rows = slice(piece.q_start, piece.q_stop)
@@ -92,21 +105,21 @@ def sdpa_pieces(
     return torch.cat(outs).flatten(1)
 
 
-def flash_attn(
-    q: torch.Tensor, kv: torch.Tensor, rope_key: torch.Tensor, packing: Packing, heads: LatentHeads
-) -> torch.Tensor:
+def flash_attn(made: Projected, packing: Packing, heads: LatentHeads) -> torch.Tensor:
     """The flash-attn package's varlen kernel (heads of up to 256), which wants q, k and v of one size: v is padded."""
     kernel = flash_kernel()
-    q, k, v = heads_of(q, kv, rope_key, packing, heads)
-    width, value = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    q, k, v = padded(heads_of(made, packing, heads))
     borders = torch.tensor(packing.borders, dtype=torch.int32, device=q.device)
     longest = packing.max_seqlen
     out = kernel(q, k, v, borders, borders, longest, longest, causal=True, softmax_scale=heads.scale)
-    return out[..., :value].flatten(1)
+    return out[..., : heads.sizes.value_dim].flatten(1)
 
 
-BACK_ENDS: dict[str, Callable[..., torch.Tensor]] = {"sdpa": sdpa, "flash_attn": flash_attn, "eager": eager}
+BACK_ENDS: dict[str, Callable[[Projected, Packing, LatentHeads], torch.Tensor]] = {
+    "sdpa": sdpa,
+    "flash_attn": flash_attn,
+    "eager": eager,
+}
 
 
 class DownLinear(nn.Module):
@@ -154,5 +167,23 @@ class LatentAttention(nn.Module):
         s = self.heads.sizes
         latent, rope_key = self.kv_down(normed_RD, again).split((s.kv_rank, s.rope_dim), 1)
         kv = self.kv_up(*self.kv_norm(latent, selective))
-        rope_key = copy_to(rope_key, self.place.tp)
-        return self.out(self.back_end(q, kv, rope_key, packing, self.heads), residual_RD)
+        # Each rank's heads give a part of the shared key's gradient.
+        made = Projected(q, kv, enter(rope_key, self.place)).first(packing.tokens)
+        out = self._attend(made, packing)
+        return self.out(pad_rows(out, self.place.tp.size) if self.place.splits_rows else out, residual_RD)
+
+    def _attend(self, made: Projected, packing: Packing) -> torch.Tensor:
+        context, heads, s = packing.context, self.heads, self.heads.sizes
+        if context is None:
+            return self.back_end(made, packing, heads)
+        if context.kind == "ulysses":  # the shared key goes to every rank
+            few = replace(heads, count=heads.count // context.axis.size)
+            widths = (few.count * (s.nope_dim + s.rope_dim), few.count * (s.nope_dim + s.value_dim), s.rope_dim)
+            parts = [*(x.unflatten(1, (heads.count, -1)) for x in (made.q, made.kv)), made.rope_key[:, None]]
+
+            def attention(every: torch.Tensor) -> torch.Tensor:
+                return self.back_end(Projected(*every.split(widths, 1)), packing, few)
+
+            return ulysses_attention(parts, context, attention)
+        q, k, v = padded(heads_of(made, packing, heads))
+        return ring_attention(q, k, v, context.rings[None], heads.scale)[..., : s.value_dim].flatten(1)

@@ -16,6 +16,9 @@ from scripts.params import load_model
 
 TINY = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("tiny_*.yaml"))
 LLAMA, QWEN2, QWEN3 = (load_model(name, []) for name in ("tiny_llama", "tiny_qwen2", "tiny_qwen3"))
+DEEPSEEK2, DEEPSEEK3 = (load_model(name, []) for name in ("tiny_deepseek_v2", "tiny_deepseek_v3"))
+MLA2, MOE2, MLA3, MOE3 = DEEPSEEK2.mla, DEEPSEEK2.moe, DEEPSEEK3.mla, DEEPSEEK3.moe
+assert MLA2 is not None and MOE2 is not None and MLA3 is not None and MOE3 is not None
 OPTIONS: dict[str, ModelConfig] = {name: load_model(name, []) for name in TINY} | {
     "llama_tied": dataclasses.replace(LLAMA, tied_embeddings=True),
     "llama_biases": dataclasses.replace(LLAMA, qkv_bias=True, attention_out_bias=True, mlp_bias=True),
@@ -28,6 +31,19 @@ OPTIONS: dict[str, ModelConfig] = {name: load_model(name, []) for name in TINY} 
     "qwen3_tied": dataclasses.replace(QWEN3, tied_embeddings=True),
     "qwen3_biases": dataclasses.replace(QWEN3, qkv_bias=True, attention_out_bias=True),
     "qwen3_sliding": dataclasses.replace(QWEN3, sliding_window=20, full_attention_layers=1),
+    "deepseek2_latent_queries": dataclasses.replace(DEEPSEEK2, mla=dataclasses.replace(MLA2, q_rank=24)),
+    "deepseek2_groups": dataclasses.replace(
+        DEEPSEEK2, moe=dataclasses.replace(MOE2, groups=4, groups_kept=2, scale=16.0)
+    ),
+    "deepseek2_dense": dataclasses.replace(DEEPSEEK2, moe=None, tied_embeddings=True),
+    "deepseek2_unequal_mscale": dataclasses.replace(
+        DEEPSEEK2, rope=dataclasses.replace(DEEPSEEK2.rope, mscale=0.5, mscale_all_dim=1.5)
+    ),
+    "deepseek3_plain_queries": dataclasses.replace(DEEPSEEK3, mla=dataclasses.replace(MLA3, q_rank=None)),
+    "deepseek3_biases": dataclasses.replace(DEEPSEEK3, qkv_bias=True, attention_out_bias=True),
+    "deepseek3_large_values": dataclasses.replace(DEEPSEEK3, mla=dataclasses.replace(MLA3, value_dim=40)),
+    "deepseek3_unnormed": dataclasses.replace(DEEPSEEK3, moe=dataclasses.replace(MOE3, normalize=False)),
+    "deepseek3_other_eps": dataclasses.replace(DEEPSEEK3, norm_eps=1e-2, rope=RopeConfig()),
 }
 ROPES = {
     "theta": RopeConfig(500000.0),
@@ -48,6 +64,9 @@ def save_theirs(cfg: ModelConfig, folder: Path) -> Any:
         for name, param in model.named_parameters():
             centre = 1.0 if "norm" in name else 0.0
             param.copy_(centre + 0.1 * torch.randn(param.shape, generator=draw))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))
     model.save_pretrained(folder)
     return model
 
@@ -82,7 +101,7 @@ def test_logits(tmp_path: Path, option: str, attention: Any) -> None:
         torch.testing.assert_close(alone(ours, tokens), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [LLAMA, QWEN2, QWEN3], ids=lambda cfg: cfg.family)
+@pytest.mark.parametrize("family", [LLAMA, QWEN2, QWEN3, DEEPSEEK2, DEEPSEEK3], ids=lambda cfg: cfg.family)
 @pytest.mark.parametrize("rope", ROPES)
 def test_rope_scalings_at_short_and_long_positions(tmp_path: Path, rope: str, family: ModelConfig) -> None:
     """1e-5; 50 tokens lie within the trained length of every scaling, 400 past that of most."""
@@ -113,7 +132,7 @@ def test_packed_documents_equal_theirs_one_by_one(tmp_path: Path, option: str) -
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("option", [*TINY, "llama_tied", "llama_biases"])
+@pytest.mark.parametrize("option", [*TINY, "llama_tied", "llama_biases", "deepseek2_groups", "deepseek3_biases"])
 def test_gradients(tmp_path: Path, option: str, recompute: Any) -> None:
     """Each gradient within 1e-5 of its largest value; theirs come through the same weight rules."""
     cfg = OPTIONS[option]
