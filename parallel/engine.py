@@ -84,7 +84,7 @@ class Engine:
         self.chunks = list(chunks)
         config = ds_config(cfg, clip, groups.device.type)
         for chunk in self.chunks:
-            materialise(chunk, source, groups.place().cut, groups.device, config if cfg.zero == 3 else None)
+            self._fill(chunk, source, config)
         runnable = [self._autocast(chunk) for chunk in self.chunks]
         root = runnable[0] if len(runnable) == 1 else nn.ModuleList(runnable)
         if cfg.zero == 3 and layer_types:
@@ -103,6 +103,10 @@ class Engine:
             from parallel.pipeline import Pipeline
 
             self.pipeline = Pipeline(runnable, layout, groups.pp, groups.device)
+
+    def _fill(self, chunk: nn.Module, source: TensorSource, config: dict[str, Any]) -> None:
+        zero3 = (config, self.groups.data.group) if self.cfg.zero == 3 else ()
+        materialise(chunk, source, self.groups.place().cut, self.groups.device, *zero3)
 
     def _autocast(self, chunk: nn.Module) -> nn.Module:
         if self.cfg.precision == "fp32":

@@ -36,12 +36,17 @@ def fill_(param: nn.Parameter, whole: torch.Tensor, cut: Cut, device: torch.devi
 
 
 def materialise(
-    model: nn.Module, source: TensorSource, cut: Cut, device: torch.device, zero_config: Any = None
+    model: nn.Module,
+    source: TensorSource,
+    cut: Cut,
+    device: torch.device,
+    zero_config: Any = None,
+    zero_group: Any = None,
 ) -> None:
     """Fill every parameter and persistent buffer of ``model`` from ``source``; buffers are not cut.
 
-    With ``zero_config`` (a DeepSpeed dictionary with ZeRO-3) each leaf module is partitioned as soon as it is filled,
-    so that no rank ever holds more than one whole leaf above its share.
+    With ``zero_config`` (a DeepSpeed dictionary with ZeRO-3) each leaf module is partitioned over the ranks of
+    ``zero_group`` as soon as it is filled, so that no rank ever holds more than one whole leaf above its share.
     """
     names = {id(param): name_of(param, name) for name, param in model.named_parameters()}
     done: set[int] = set()
@@ -51,7 +56,7 @@ def materialise(
             fill_(param, source.tensor(names[id(param)]), cut, device)
             done.add(id(param))
         if fresh and zero_config is not None:
-            partition_leaf(module, zero_config)
+            partition_leaf(module, zero_config, zero_group)
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             whole = source.tensor(name).to(device=device, dtype=torch.float32, copy=True)
@@ -59,7 +64,7 @@ def materialise(
             setattr(module, name.rpartition(".")[2], whole)
 
 
-def partition_leaf(module: nn.Module, zero_config: Any) -> None:
+def partition_leaf(module: nn.Module, zero_config: Any, group: Any = None) -> None:
     """Hand one module's own parameters to ZeRO-3."""
     import deepspeed
 
@@ -67,4 +72,4 @@ def partition_leaf(module: nn.Module, zero_config: Any) -> None:
     for name, param in module.named_parameters(recurse=False):
         if not hasattr(param, "ds_id"):
             holder.register_parameter(name, param)
-    deepspeed.zero.Init(module=holder, config_dict_or_path=zero_config)
+    deepspeed.zero.Init(module=holder, data_parallel_group=group, config_dict_or_path=zero_config)
