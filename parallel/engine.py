@@ -65,6 +65,7 @@ class Engine:
         clip: largest global gradient norm, 0 for none.
         groups: the run's process groups.
         layout: the parallel section.
+        hidden_size: width of the hidden states between pipeline stages.
         layer_types: modules whose parameters ZeRO-3 gathers and releases together.
     """
 
@@ -77,6 +78,7 @@ class Engine:
         clip: float,
         groups: Groups,
         layout: ParallelConfig = ALL_DATA,
+        hidden_size: int = 0,
         layer_types: Sequence[type[nn.Module]] = (),
     ):
         deepspeed = import_deepspeed()
@@ -100,9 +102,9 @@ class Engine:
             self._put_norm_in_place_of_theirs()
         self.pipeline: Any = None
         if groups.pp.size > 1:
-            from parallel.pipeline import Pipeline
+            from parallel.pipeline import Pipeline  # brings torch's pipelines in, more than a second to import
 
-            self.pipeline = Pipeline(runnable, layout, groups.pp, groups.device)
+            self.pipeline = Pipeline(runnable, layout, groups.pp, groups.device, hidden_size)
 
     def _fill(self, chunk: nn.Module, source: TensorSource, config: dict[str, Any]) -> None:
         zero3 = (config, self.groups.data.group) if self.cfg.zero == 3 else ()

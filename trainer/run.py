@@ -114,7 +114,7 @@ def make_engine(
         parts = chunks_of(model_cfg, layout, groups.pp.rank)
     chunks = [models.build(model_cfg, groups.place(layout), runtime, part) for part in parts]
     adamw = functools.partial(_adamw, optim)
-    return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, layer_types=[Layer])
+    return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, model_cfg.hidden_size, [Layer])
 
 
 def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
