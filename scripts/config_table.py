@@ -1,4 +1,4 @@
-"""Write docs/config.md and the resolved snapshots of three runs from the code, so that neither can go stale.
+"""Write docs/config.md and the resolved snapshots of some runs from the code, so that neither can go stale.
 
     python scripts/config_table.py            write them
     python scripts/config_table.py --check    say which are out of date; exit code 1 when any is
@@ -31,9 +31,11 @@ CONF = ROOT / "conf"
 SNAPSHOTS = {
     "quickstart": ["run=quickstart"],
     "smoke_pretrain": ["run=smoke_pretrain"],
+    "deepseek_v3_tp2_pp2": ["model=deepseek_v3", "stage=pretrain", "parallel=tp2_pp2", "run.steps=1000"],
     "llama7b_pretrain_zero3": ["model=llama7b", "stage=pretrain", "engine=zero3", "run.steps=1000"],
 }
 """Runs whose resolved config is kept in tests/golden/resolved, so that a changed default shows in a diff."""
+REQUIRED = "**required**"
 HEAD = """\
 # Configuration
 
@@ -77,7 +79,10 @@ def rows(cls: Any, prefix: str, given: Any) -> Iterator[tuple[str, str, str, str
             meaning = docs[field.name] or (" ".join((inner.__doc__ or "").split("\n\n")[0].split()) if inner else "")
             yield key, _type(hints[field.name]), _default(value, field), meaning
         if inner is not None:
-            yield from rows(inner, f"{key}[]." if many else f"{key}.", None if many else value)
+            inside = rows(inner, f"{key}[]." if many else f"{key}.", None if many else value)
+            optional = not many and inner is not hints[field.name]
+            for path, kind, default, meaning in inside:
+                yield path, kind, f"required in {key}" if optional and default == REQUIRED else default, meaning
 
 
 def _type(hint: Any) -> str:
@@ -102,7 +107,7 @@ def _default(value: Any, field: dataclasses.Field[Any]) -> str:
     if value is dataclasses.MISSING:
         value = MISSING if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value == MISSING:
-        return "**required**"
+        return REQUIRED
     if dataclasses.is_dataclass(value):
         return ""
     if isinstance(value, float):

@@ -19,6 +19,7 @@ from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
 from trainer import layouts
 from trainer.folders import folder_problem, nearby, other_model, tokenizer_problem
+from trainer.layout_rules import Layout
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
 from trainer.problems import Problem, format_problems, nearest
@@ -140,8 +141,8 @@ def _layout(cfg: RunConfig, world_size: int) -> list[Problem]:
     return layouts.problems(_layout_of(cfg), world_size)
 
 
-def _layout_of(cfg: RunConfig) -> layouts.Layout:
-    return layouts.Layout(cfg.model, cfg.parallel, cfg.engine, cfg.data)
+def _layout_of(cfg: RunConfig) -> Layout:
+    return Layout(cfg.model, cfg.parallel, cfg.engine, cfg.data)
 
 
 def _batch(cfg: RunConfig, world_size: int) -> list[Problem]:

@@ -18,13 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 from models import config_from_hf_folder
 from trainer import overrides, typed
 from trainer.config import RunConfig, check
-from trainer.folders import MAY_DIFFER_FROM_FOLDER, folder_problem
+from trainer.folders import MAY_DIFFER_FROM_FOLDER, ROUTER_TRAINING, folder_problem
 from trainer.problems import Problem, format_problems
 
 EXAMPLES = {
     "data.sources": "'data.sources=[{path: chats.jsonl, channel: chat}]'",
     "data.eval_sources": "'data.eval_sources=[{path: held_out.jsonl, channel: chat}]'",
     "optim.betas": "'optim.betas=[0.9,0.95]'",
+    "model.moe.num_experts": "model.moe.num_experts=8, or a model with experts (model=qwen3_30b_a3b)",
+    "model.mla.kv_rank": "model.mla.kv_rank=512, or a model with latent attention (model=deepseek_v2_lite)",
 }
 """How to give the keys whose type alone does not show it."""
 LISTS = ("data.sources", "data.eval_sources")
@@ -134,18 +136,31 @@ def _model_of_folder(init_from: object, given: Mapping[object, object], problems
         problems.append(wrong)
         return {}
     theirs = dataclasses.asdict(config_from_hf_folder(init_from))
-    for name, value in given.items():
-        if name == "family" or value is None or theirs.get(str(name)) == value:
+    may_differ = [*MAY_DIFFER_FROM_FOLDER, *(f"moe.{name}" for name in ROUTER_TRAINING)]
+    way = f"leave it out; only {', '.join(f'model.{field}' for field in may_differ)} may differ"
+    changes = _leaves({str(name): value for name, value in given.items() if name != "family"}, theirs)
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        node = theirs[section] if section else theirs
+        if value is None or node.get(name) == value:
             continue
-        if name in theirs and name not in MAY_DIFFER_FROM_FOLDER:
-            reason = f"the weights in {init_from} were made with {theirs[str(name)]}"
-            way = f"leave it out; only {', '.join(f'model.{field}' for field in MAY_DIFFER_FROM_FOLDER)} may differ"
-            problems.append(Problem(f"model.{name}", value, reason, way))
+        if name in node and path not in may_differ and section not in may_differ:
+            reason = f"the weights in {init_from} were made with {node[name]}"
+            problems.append(Problem(f"model.{path}", value, reason, way))
             continue
-        if isinstance(value, Mapping) and isinstance(theirs.get(str(name)), Mapping):
-            value = {**theirs[str(name)], **value}  # model.rope.factor=2 keeps the folder's theta
-        theirs[str(name)] = value  # an unknown name goes on to the typed door, which refuses it with a suggestion
+        node[name] = value  # an unknown name goes on to the typed door, which refuses it with a suggestion
     return theirs
+
+
+def _leaves(given: Mapping[str, object], theirs: Mapping[str, object]) -> dict[str, object]:
+    """Values by dotted key; a section is taken apart where ``theirs`` has it too (model.rope.factor=2 keeps theta)."""
+    found: dict[str, object] = {}
+    for name, value in given.items():
+        if isinstance(value, Mapping) and isinstance(theirs.get(name), Mapping):
+            found |= {f"{name}.{inner}": each for inner, each in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 def to_yaml(cfg: RunConfig) -> str:

@@ -14,6 +14,8 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 MAY_DIFFER_FROM_FOLDER = ("rope", "max_seq_len", "sliding_window", "full_attention_layers", "init_std", "head")
 """Model fields that change no tensor of a checkpoint: a longer context, another window or head is a choice."""
+ROUTER_TRAINING = ("bias_rate", "balance_loss", "balance_over", "z_loss", "capacity")
+"""And those of ``model.moe``: they say how the router is trained, not what it is."""
 
 
 def folder_problem(init_from: str) -> Problem | None:
@@ -44,6 +46,10 @@ def other_model(init_from: str, model: ModelConfig) -> Problem | None:
     theirs = config_from_hf_folder(init_from)
     fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in MAY_DIFFER_FROM_FOLDER]
     differ = [name for name in fields if getattr(model, name) != getattr(theirs, name)]
+    if "moe" in differ and model.moe and theirs.moe:
+        trained_as = {name: getattr(theirs.moe, name) for name in ROUTER_TRAINING}
+        if dataclasses.replace(model.moe, **trained_as) == theirs.moe:
+            differ.remove("moe")
     if not differ:
         return None
     pairs = ", ".join(f"model.{n} is {getattr(model, n)} against {getattr(theirs, n)} in the folder" for n in differ)

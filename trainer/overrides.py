@@ -206,6 +206,8 @@ def _judge_option(override: Override, groups: dict[str, list[str]]) -> Problem |
             way = f"{group}.KEY=VALUE, one for each key"
         elif group == "model" and "/" in str(text):
             way = f"model=hf init_from={text}"
+        elif group == "parallel" and re.fullmatch(r"((tp|pp|cp|ep)\d+_?)+", str(text)):
+            way = " ".join(f"parallel.{axis}={size}" for axis, size in re.findall(r"(\w\w)(\d+)_?", str(text)))
         elif group == "data" and re.search(r"[/*]|\.(jsonl?|parquet|txt)$", str(text)):
             way = f"'data.sources=[{{path: {text}}}]'"
         return Problem(group, text, f"conf/{group} has no such option", way)

@@ -32,6 +32,27 @@ SMOLLM2 = {
     "initializer_range": 0.041666666666666664,
 }
 """config.json of SmolLM2-135M-Instruct, as far as it says sizes."""
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "hidden_act": "silu",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+    "tie_word_embeddings": False,
+}
+"""config.json of a toy with experts."""
 CHANNELS = ("code", "maths", "dialogue", "reference")
 
 
@@ -50,6 +71,9 @@ def make_world(folder: Path) -> Path:
     (folder / "no_weights").mkdir()
     (folder / "no_weights" / "config.json").write_text(json.dumps(SMOLLM2))
     (folder / "empty").mkdir()
+    (folder / "experts").mkdir()
+    (folder / "experts" / "config.json").write_text(json.dumps(MIXTRAL))
+    (folder / "experts" / "model.safetensors").write_bytes(b"")
     return folder
 
 

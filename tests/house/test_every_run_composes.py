@@ -76,7 +76,7 @@ def test_named_run_is_complete(run: str, world_size: int, composed: Compose, wor
     assert re.search(rf"^#\s+torchrun .*train\.py.* run={run}\b", command, re.MULTILINE), "the header shows the command"
 
 
-@pytest.mark.parametrize("group", ["stage", "engine", "optim", "log", "data", "parallel"])
+@pytest.mark.parametrize("group", ["stage", "engine", "optim", "log", "data"])
 def test_each_option_of_a_group_composes(group: str, composed: Compose) -> None:
     for option in options(group):
         cfg = composed("data.sources=[{path: chats.jsonl}]", "run.steps=1") if group != "data" else composed()
@@ -84,6 +84,17 @@ def test_each_option_of_a_group_composes(group: str, composed: Compose) -> None:
         if group == "data" and option == "default":
             cfg.data.sources = [{"path": "chats.jsonl"}]
         assert isinstance(load(cfg), RunConfig)
+
+
+@pytest.mark.parametrize("option", options("parallel"))
+def test_each_layout_is_legal_where_its_processes_are(option: str, composed: Compose, world: Path) -> None:
+    cfg = load(composed(f"parallel={option}", "model=tiny_mixtral", "model.num_layers=4", *TINY_RUN))
+    processes = cfg.parallel.model_ranks * cfg.parallel.ep
+    problems = check(cfg, processes)
+    assert not problems, format_problems(problems)
+    assert [text for text in ignored(cfg) if "ignored" in text] == []
+    sizes = [f"{axis}{getattr(cfg.parallel, axis)}" for axis in ("tp", "pp", "cp", "ep")]
+    assert option == "single" or set(option.split("_")) & set(sizes), "the name says the sizes"
 
 
 def test_conf_has_no_key_that_the_dataclasses_lack() -> None:

@@ -66,6 +66,42 @@ REFUSALS = [
     # engine
     ("engine.zero=0 engine.offload_optimizer=true", ["engine.offload_optimizer", "engine.zero=1"]),
     ("engine.attention=flash_attn", ["a GPU", "flash-attn package", "bf16 or fp16", "engine.attention=sdpa"]),
+    # layout, on two processes
+    (
+        "parallel.tp=3",
+        ["takes 3 processes, and 2 were", "num_heads=4", "try: parallel.tp=2\n       or: parallel.tp=1"],
+    ),
+    (
+        "parallel=tp2 model.num_heads=3 model.num_kv_heads=1 model.hidden_size=63",
+        ["model.num_heads=3", "try: parallel.tp=1"],
+    ),
+    ("parallel=tp2_pp2", ["takes 4 processes, and 2 were", "4 processes for the layout as it is"]),
+    ("parallel=pp2 engine=zero2", ["several micro-batches under way", "try: engine.zero=1\n       or: parallel.pp=1"]),
+    ("parallel=pp2 engine=zero3 parallel.schedule=zbv", ["has 2 problems", "(zbv) = 4 stages", "model.num_layers=2"]),
+    ("parallel=pp2 engine.offload_optimizer=true", ["engine.offload_optimizer = true", "offload_optimizer=false"]),
+    ("parallel=pp2 data.global_batch_rows=1", ["= 1 micro-batches a step", "parallel.schedule=gpipe"]),
+    ("parallel=pp2 parallel.stage_layers=[2,1]", ["its sum is 3", "parallel.stage_layers=null"]),
+    ("parallel=pp2 parallel.vpp=2", ["exactly 1 stage on each rank", "parallel.vpp=null"]),
+    ("parallel=ep2", ["no experts to share out", "try: parallel.ep=1"]),
+    ("parallel=ep2 model=tiny_mixtral engine=zero3", ["engine.zero = 3", "try: engine.zero=2"]),
+    ("parallel.ep=3 model=tiny_mixtral", ["model.moe.num_experts=4", "try: parallel.ep=2"]),
+    ("parallel=cp2 engine.attention=eager", ["ring attention", "try: engine.attention=sdpa"]),
+    ("parallel.tp=0 parallel.pp=-1", ["parallel.tp = 0", "parallel.pp = -1", "has 2 problems"]),
+    ("parallel=tp4", ["conf/parallel has no such option", "try: parallel.tp=4"]),
+    ("parallel.schedule=1F1B", ["gpipe, 1f1b, interleaved, zero_bubble, zbv", "parallel.schedule=1f1b"]),
+    (
+        "parallel=tp2 data.micro_batch_rows=3",
+        ["global_batch_rows = 8", "3 x 1 = 3", "rows=6 or data.global_batch_rows=9"],
+    ),
+    # experts and latent attention
+    ("model.moe.top_k=4", ["model.moe.num_experts = ???", "a model with experts"]),
+    ("model=tiny_mixtral model.moe.topk=4", ["did you mean model.moe.top_k?"]),
+    ("model=tiny_mixtral model.moe.top_k=9", ["model.moe.top_k = 9", "model.moe.top_k=4"]),
+    ("model=tiny_mixtral model.moe=3", ["expected a section with the keys num_experts"]),
+    ("model=tiny_deepseek_v2 model.mla.kv_rnk=4", ["did you mean model.mla.kv_rank?"]),
+    ("model=hf init_from=experts model.moe.top_k=4", ["model.moe.top_k = 4", "made with 2", "model.moe.balance_loss"]),
+    ("model=tiny_mixtral init_from=experts model.moe.top_k=1", ["another model", "model.moe is"]),
+    (f"{SMOL} model=hf model.moe.top_k=4", ["model.moe", "leave it out"]),
     # folders and files
     ("init_from=asset/smollm2", ["init_from = asset/smollm2", "no such folder", "try: assets"]),
     ("init_from=chats.jsonl", ["is a file"]),
@@ -140,6 +176,16 @@ def split(overrides: str) -> list[str]:
         "data.global_batch_rows=12 data.micro_batch_rows=3",
         "run.resume=empty",
         "engine.precision=bf16",
+        "model=hf init_from=experts model.moe.balance_loss=0.1 model.moe.z_loss=0.001",
+        "model=tiny_mixtral init_from=experts model.moe.balance_loss=0.1 model.moe.capacity=2",
+        "parallel=tp2",
+        "parallel=pp2",
+        "parallel=pp2_zbv model.num_layers=4",
+        "parallel=cp2",
+        "parallel.cp=2 parallel.context=ulysses",
+        "parallel=ep2 model=tiny_mixtral",
+        "model=tiny_mixtral model.moe.top_k=4 model.moe.balance_loss=0",
+        "model=tiny_mixtral parallel=ep2 engine=zero2 data.global_batch_rows=12 data.micro_batch_rows=3",
     ],
 )
 def test_runs(overrides: str, composed: Compose, world: Path) -> None:
@@ -182,6 +228,11 @@ def test_what_only_follows_is_not_told_twice(composed: Compose, world: Path) -> 
         ("data.random_channels=2 data.sources=[{path: chats.jsonl, channel: c}]", ["data.random_channels=2 draws"]),
         ("log.wandb=disabled log.project=mine", ["log.wandb=disabled"]),
         ("engine.precision=bf16", ["engine.precision=bf16 on a CPU is correct but slow"]),
+        ("parallel.sequence_parallel=true", ["parallel.sequence_parallel=true is ignored: parallel.tp=1"]),
+        ("parallel.schedule=zbv parallel.vpp=2", ["parallel.schedule=zbv is ignored", "parallel.vpp=2 is ignored"]),
+        ("parallel.stage_layers=[1,1]", ["parallel.stage_layers=[1, 1] is ignored: parallel.pp=1"]),
+        ("parallel.context=ulysses", ["parallel.context=ulysses is ignored: parallel.cp=1"]),
+        ("parallel.tp=2 parallel.sequence_parallel=true parallel.pp=2 parallel.schedule=gpipe", []),
     ],
 )
 def test_ignored_settings_are_told(overrides: str, fragments: list[str], composed: Compose, world: Path) -> None:
