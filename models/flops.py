@@ -11,9 +11,18 @@ from models.config import ModelConfig
 
 
 def matmul_params(cfg: ModelConfig) -> int:
-    """Weights every token is multiplied with: all linear layers, without embedding, norms, biases and head."""
-    attention = _attention_params(cfg)
-    return cfg.num_layers * (attention + 3 * cfg.hidden_size * cfg.intermediate_size)
+    """Weights a token is multiplied with: all linear layers, without embedding, norms, biases and head. Of the experts
+    those it goes to (drops are not known beforehand) and the shared one, and the router."""
+    return sum(layer_matmul_params(cfg, layer) for layer in range(cfg.num_layers))
+
+
+def layer_matmul_params(cfg: ModelConfig, layer: int) -> int:
+    """`matmul_params` of one layer."""
+    moe, hidden = cfg.moe, cfg.hidden_size
+    if moe is None or not cfg.is_moe(layer):
+        return _attention_params(cfg) + 3 * hidden * cfg.intermediate_size
+    routed = 3 * hidden * moe.expert_size * moe.top_k + hidden * moe.num_experts
+    return _attention_params(cfg) + routed + 3 * hidden * moe.shared_size + (hidden if moe.shared_gate else 0)
 
 
 def _attention_params(cfg: ModelConfig) -> int:

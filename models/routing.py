@@ -83,8 +83,8 @@ class RouterReport:
         return RouterReport(dict(sorted(layers.items())))
 
     def metrics(self, channels: Sequence[str]) -> dict[str, float]:
-        """`moe/layer_3/max_load` and the like of every layer (see `LayerReport.values`), their means `moe/max_load`, the
-        unweighted losses `moe/balance` and `moe/z` (means over layers), and `channel/<name>/moe_max_load` of each
+        """`moe/layer_3/max_load` and the like of every layer (see `LayerReport.values`), their means `moe/max_load`,
+        the unweighted losses `moe/balance` and `moe/z` (means over layers), and `channel/<name>/moe_max_load` of each
         channel that has tokens."""
         if not self.layers:
             return {}
@@ -118,10 +118,8 @@ class RouterBook:
             for name, layer in chunk.layers.items()
             if isinstance(layer.mlp, MoE)
         }
-        self._load_E = {
-            layer: torch.ones(router.moe.num_experts, device=router.weight.device)
-            for layer, router in self.routers.items()
-        }
+        # Loads of the batch before over the even share, on the host.
+        self._load_E = {layer: torch.ones(router.moe.num_experts) for layer, router in self.routers.items()}
 
     def begin(self, weight_per_token: float) -> None:
         """Open the ledgers for one step.
@@ -131,12 +129,12 @@ class RouterBook:
                 different tokens x the loss scale / the tokens (not the targets) of the global batch.
         """
         for layer, router in self.routers.items():
-            load_E, width = self._load_E[layer], router.moe.num_experts
+            device, width = router.weight.device, router.moe.num_experts
             router.ledger = Ledger(
                 weight_per_token,
-                load_E,
-                torch.zeros(self.num_channels, width + 3, dtype=torch.float64, device=load_E.device),
-                torch.zeros(width + 2, dtype=torch.float64, device=load_E.device),
+                self._load_E[layer].to(device),
+                torch.zeros(self.num_channels, width + 3, dtype=torch.float64, device=device),
+                torch.zeros(width + 2, dtype=torch.float64, device=device),
             )
 
     @torch.no_grad()
@@ -165,7 +163,7 @@ class RouterBook:
         """Move the correction bias one step towards an even load (Wang et al. 2024) and keep the load."""
         mean = load_E.mean()
         if mean > 0:
-            self._load_E[layer] = (load_E / mean).float()
+            self._load_E[layer] = (load_E / mean).float().cpu()
         if router.bias is not None and router.moe.bias_rate:
             router.bias += router.moe.bias_rate * torch.sign(mean - load_E).float()
 
@@ -178,5 +176,4 @@ class RouterBook:
         for state in states:
             for layer, load in state["load"].items():
                 if int(layer) in self._load_E:
-                    old = self._load_E[int(layer)]
-                    self._load_E[int(layer)] = torch.tensor(load, dtype=old.dtype, device=old.device)
+                    self._load_E[int(layer)] = torch.tensor(load)

@@ -100,7 +100,7 @@ def step(
     biases = {name: buffer.clone() for name, buffer in model.named_buffers()}
     if groups:
         _sum(loss, groups.data)
-        for name, param in model.named_parameters():
+        for param in model.parameters():
             assert param.grad is not None
             _sum(param.grad, groups.expert_data if shard_of(param).experts else groups.data)
             if is_partial(param):

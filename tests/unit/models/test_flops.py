@@ -1,10 +1,13 @@
 """FLOPs against counts by hand and by torch's own counter."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import ModelConfig
+from models.config import MoEConfig
 from models.flops import attended_pairs, matmul_params, step_flops
 
 CFG = ModelConfig("llama", 100, 32, 48, 3, 4, 2, 8, 64)
@@ -12,6 +15,14 @@ CFG = ModelConfig("llama", 100, 32, 48, 3, 4, 2, 8, 64)
 
 def test_matmul_params_by_hand() -> None:
     assert matmul_params(CFG) == 3 * (32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48)
+
+
+def test_experts_count_as_many_as_a_token_goes_to() -> None:
+    """One dense layer, then two of 8 experts: 3 of size 16 a token, a gated shared one of 40, a router."""
+    moe = MoEConfig(8, 3, 16, shared_size=40, shared_gate=True, first_dense=1)
+    sparse = dataclasses.replace(CFG, family="qwen2_moe", moe=moe)
+    experts = 3 * 32 * 16 * 3 + 3 * 32 * 40 + 32 + 32 * 8
+    assert matmul_params(sparse) == matmul_params(CFG) + 2 * (experts - 3 * 32 * 48)
 
 
 @pytest.mark.parametrize(("length", "window", "pairs"), [(1, None, 1), (4, None, 10), (4, 2, 7), (4, 9, 10), (5, 1, 5)])
