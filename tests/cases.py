@@ -20,6 +20,7 @@ from parallel.engine import Engine
 from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
 from parallel.sharding import Cut, Shard
 from trainer import channels, checkpoint
+from trainer.context import local_part
 from trainer.optim import OptimConfig
 from trainer.run import make_engine
 from trainer.stages.next_token import NextToken
@@ -68,6 +69,12 @@ def my_micro_batches(step: int, groups: Groups, micro_rows: int) -> list[MicroBa
     light = [Row((i,), tuple(len(doc.tokens_L) for doc in row)) for i, row in enumerate(rows)]
     mine = split_rows(light, groups.dp.rank, groups.dp.size, micro_rows)
     return [collate([doc for row in part for doc in rows[row.pieces[0]]]) for part in mine]
+
+
+def my_parts(step: int, groups: Groups, layout: ParallelConfig, micro_rows: int) -> list[MicroBatch]:
+    """The micro-batches, of each this rank's tokens."""
+    batches = my_micro_batches(step, groups, micro_rows)
+    return [local_part(batch, groups.cp, layout.context) for batch in batches] if groups.cp.size > 1 else batches
 
 
 def whole(engine: Engine, groups: Groups, kind: str) -> dict[str, torch.Tensor]:
@@ -125,7 +132,7 @@ def train(
     stage = NextToken(len(NAMES))
     out: dict[str, Any] = {"metrics": [], "norm": []}
     for step in range(first, first + steps):
-        batches = my_micro_batches(step, groups, micro_rows)
+        batches = my_parts(step, groups, layout, micro_rows)
         (count,) = groups.sum([stage.count(batches)])
         result = engine.train_step(batches, stage.forward, count, optim.lr_at(step, 100))
         out["metrics"].append(channels.metrics(result.metrics, NAMES, groups.all_gather, "train"))
