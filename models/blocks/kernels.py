@@ -61,8 +61,8 @@ def _each_query(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _bias(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
-    """The mask as the CUDA kernel wants it: rows that start at a multiple of 16 bytes, one for each head."""
+    """The mask as the CUDA kernel wants it: rows that start at a multiple of 16 elements, one for each head."""
     if mask is None:
         return None
     keys = k.shape[2]
-    return F.pad(mask, (0, -keys % 8))[:, :keys].expand(q.shape[0], q.shape[1], q.shape[2], keys)
+    return F.pad(mask, (0, -keys % 16))[:, :keys].expand(q.shape[0], q.shape[1], q.shape[2], keys)

@@ -79,3 +79,38 @@ def test_decoder_equals_one_process(pool: Pools, kind: Any, cp: int, model: str)
         for key in ("sums", "evaluated"):
             torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=0)
         assert distance(want["grads"], got["grads"]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("zero", "kind", "processes"), [(0, "ring", 2), (1, "ulysses", 4), (1, "ring", 4), (3, "ring", 2)]
+)
+def test_training_equals_one_process(pool: Pools, zero: int, kind: Any, processes: int) -> None:
+    """cp=2, beside dp=2 where there are four: three clipped steps on packs of down to one token, 1e-5 throughout."""
+    want, *_ = pool(1).run(cp_cases.train, zero, 1, kind)
+    for got in pool(processes).run(cp_cases.train, zero, 2, kind):
+        assert relative(want["norm"], got["norm"]) <= 1e-5
+        for one, other in zip(want["metrics"], got["metrics"], strict=True):
+            assert one.keys() == other.keys()
+            assert [one[k] for k in one if k.endswith("tokens")] == [other[k] for k in other if k.endswith("tokens")]
+            assert relative(list(one.values()), list(other.values())) <= 1e-5
+        assert distance(want["grads"], got["grads"]) <= 1e-5
+        assert distance(want["weights"], got["weights"]) <= 1e-5
+
+
+HEADS = Heads(8, 2, 8, None)
+
+
+def test_bytes_of_ulysses(pool: Pools) -> None:
+    """Forward and backward each move, of T / cp rows, (cp - 1) / cp of 2 H + 2 max(G, cp) heads."""
+    cp, tokens = 4, 96
+    for sent in pool(cp).run(cp_cases.elements_sent, cp, "ulysses", (0, 50, tokens), HEADS):
+        assert sent == {"all_to_all": 2 * tokens // cp * (cp - 1) // cp * (2 * 8 + 2 * cp) * 8, "send": 0}
+
+
+def test_bytes_of_the_ring(pool: Pools) -> None:
+    """Keys and values of T / cp rows go cp - 1 times round forward and backward, and their gradients once more."""
+    cp, tokens = 4, 96
+    for sent in pool(cp).run(cp_cases.elements_sent, cp, "ring", (0, tokens), HEADS):
+        assert sent == {"all_to_all": 0, "send": 3 * (cp - 1) * tokens // cp * 2 * 2 * 8}
+    for sent in pool(cp).run(cp_cases.elements_sent, cp, "ring", cp_cases.PACKS["equal"], HEADS):
+        assert sent == {"all_to_all": 0, "send": 0}, "whole documents stay where they are"
