@@ -83,7 +83,7 @@ class Engine:
     ):
         deepspeed = import_deepspeed()
         self.cfg, self.clip, self.groups = cfg, clip, groups
-        self.chunks = list(chunks)
+        self.chunks: list[Any] = list(chunks)
         config = ds_config(cfg, clip, groups.device.type)
         for chunk in self.chunks:
             self._fill(chunk, source, config)

@@ -92,6 +92,12 @@ class Groups:
         dist.all_reduce(total, group=self.data.group)
         return total.tolist()
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` summed in place over the ranks with different tokens (dp x cp)."""
+        if self.data.size > 1:
+            dist.all_reduce(tensor, group=self.data.group)
+        return tensor
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world > 1:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from data.batch import Document, MicroBatch, Row, collate, split_rows
 from models import ModelConfig
 from models.init import InitSource
+from models.routing import RouterBook, RouterReport
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
 from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
@@ -130,11 +131,17 @@ def train(
     if saved:
         saved.restore(engine, groups)
     stage = NextToken(len(NAMES))
-    out: dict[str, Any] = {"metrics": [], "norm": []}
+    routers = RouterBook(engine.chunks, len(NAMES))
+    if saved:
+        routers.restore(*saved.state["routers"])
+    out: dict[str, Any] = {"metrics": [], "norm": [], "loads": []}
     for step in range(first, first + steps):
         batches = my_parts(step, groups, layout, micro_rows)
-        (count,) = groups.sum([stage.count(batches)])
+        count, tokens = groups.sum([stage.count(batches), float(sum(len(batch.tokens_T) for batch in batches))])
+        routers.begin(groups.data.size * engine.loss_scale.value / tokens)
         result = engine.train_step(batches, stage.forward, count, optim.lr_at(step, 100))
+        loads = routers.finish(groups.sum_tensor)
+        out["loads"].append(RouterReport.joined(groups.all_gather(loads)).metrics(NAMES))
         out["metrics"].append(channels.metrics(result.metrics, NAMES, groups.all_gather, "train"))
         out["norm"].append(result.grad_norm)
         if step == first:
@@ -143,6 +150,7 @@ def train(
             out["grads"] = {n: m / (1 - optim.betas[0]) for n, m in moments.items()}
     if save_to:
         state = {"position": 8 * (first + steps), "world": groups.world, "model": {}, "data": ""}
+        state["routers"] = groups.all_gather(routers.state())
         out["saved"] = str(checkpoint.save(Path(save_to), first + steps, engine, state, groups, keep_last=2))
     out["weights"] = whole(engine, groups, "master")
     out["losses"] = [m["train/loss"] for m in out["metrics"]]

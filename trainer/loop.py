@@ -11,6 +11,7 @@ import torch
 
 from data.batch import MicroBatch
 from data.pipeline import TrainingData
+from models.routing import RouterBook, RouterReport
 from parallel.engine import Engine, StepResult
 from parallel.groups import Groups
 from trainer import channels
@@ -40,6 +41,7 @@ class Trainer:
     groups: Groups
     engine: Engine
     stage: NextToken
+    routers: RouterBook
     data: TrainingData
     log: Log
     flops: Callable[[MicroBatch], float]
@@ -56,18 +58,19 @@ class Trainer:
                 self._evaluate(held_out, 0)
         while progress.step < self.total_steps:
             lr = self.cfg.optim.lr_at(progress.step, self.total_steps)
-            result, tokens, flops = self._step(progress, lr)
+            result, loads, tokens, flops = self._step(progress, lr)
             meter.add(tokens, flops)
             last = progress.step == self.total_steps
-            self._report(progress.step, result, lr, meter, last)
+            self._report(progress.step, result, loads, lr, meter, last)
             with meter.paused():
                 if held_out and (last or (every.eval_every and progress.step % every.eval_every == 0)):
                     self._evaluate(held_out, progress.step)
                 if last or (every.save_every and progress.step % every.save_every == 0):
                     self.save(progress)
 
-    def _step(self, progress: Progress, lr: float) -> tuple[StepResult, int, float]:
-        """One optimizer step on the next global batch. Returns its result, and tokens and FLOPs over all ranks."""
+    def _step(self, progress: Progress, lr: float) -> tuple[StepResult, RouterReport, int, float]:
+        """One optimizer step on the next global batch. Returns its result, how this rank's routers chose, and tokens
+        and FLOPs over all ranks."""
         data, dp = self.cfg.data, self.groups.dp
         rows = self.data.global_batch(progress.position, data.global_batch_rows)
         whole = self.data.micro_batches(rows, dp.rank, dp.size, data.micro_batch_rows)
@@ -76,12 +79,16 @@ class Trainer:
         flops = sum(self.flops(batch) for batch in whole) / self.groups.cp.size
         count, tokens, flops = self.groups.sum([self.stage.count(batches), tokens, flops])
         batches = [on_device(batch, self.groups.device) for batch in batches]
+        self.routers.begin(self.groups.data.size * self.engine.loss_scale.value / tokens)
         result = self.engine.train_step(batches, self.stage.forward, count, lr)
+        loads = self.routers.finish(self.groups.sum_tensor)
         progress.step += 1
         progress.position += data.global_batch_rows
-        return result, int(tokens), flops
+        return result, loads, int(tokens), flops
 
-    def _report(self, step: int, result: StepResult, lr: float, meter: PerfMeter, last: bool) -> None:
+    def _report(
+        self, step: int, result: StepResult, loads: RouterReport, lr: float, meter: PerfMeter, last: bool
+    ) -> None:
         if step % self.cfg.log.every and not last:
             self.log.advance(step)
             return
@@ -89,6 +96,9 @@ class Trainer:
         metrics |= {"train/grad_norm": result.grad_norm, "train/lr": lr}
         if self.cfg.engine.precision == "fp16":
             metrics |= {"train/loss_scale": result.loss_scale, "train/skipped": float(result.skipped)}
+        if self.cfg.model.moe is not None:
+            everywhere = RouterReport.joined(self.groups.all_gather(loads))
+            metrics |= everywhere.metrics(self.data.channels)
         self.log.step(step, metrics | meter.read())
 
     def _eval_batches(self) -> list[MicroBatch]:

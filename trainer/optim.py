@@ -64,16 +64,23 @@ class OptimConfig:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two optimizer groups: matrices with decay, vectors (norms, biases) without.
+    """Optimizer groups: matrices with decay, vectors (norms, biases) without, and experts that are dealt out over
+    ranks by themselves, since DeepSpeed cuts their states over other ranks.
 
     Called before ZeRO-3 partitions the parameters or after; the rank of the whole tensor decides, which DeepSpeed
     keeps as ``ds_shape`` on a partitioned parameter.
     """
-    matrices, vectors = [], []
+    matrices, vectors, experts = [], [], []
     for param in model.parameters():
         if param.requires_grad:
-            (matrices if len(getattr(param, "ds_shape", param.shape)) > 1 else vectors).append(param)
+            if "group_name" in vars(param):
+                experts.append(param)
+            else:
+                (matrices if len(getattr(param, "ds_shape", param.shape)) > 1 else vectors).append(param)
     groups: list[dict[str, object]] = [{"params": matrices, "weight_decay": weight_decay}]
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
+    if experts:
+        name = vars(experts[0])["group_name"]
+        groups.append({"params": experts, "weight_decay": weight_decay, "moe": True, "name": name})
     return groups

@@ -26,6 +26,7 @@ from models.config import ModelConfig
 from models.decoder import Layer
 from models.flops import step_flops
 from models.init import InitSource
+from models.routing import RouterBook
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
 from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
@@ -56,7 +57,7 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
         raise ValueError(format_problems(problems))
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    groups = build_groups(ranks, cfg.run.hang_timeout)
+    groups = build_groups(ranks, cfg.run.hang_timeout, cfg.parallel)
     with run_folder(cfg, groups) as run_dir:
         _train_in(run_dir, cfg, groups, started)
     return run_dir
@@ -76,18 +77,21 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
             return
-        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source)
+        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel)
+        routers = RouterBook(engine.chunks, len(corpus.channels))
         if saved:
             saved.restore(engine, groups)
+            routers.restore(*saved.state["routers"])
         trainer = Trainer(
             cfg=cfg,
             groups=groups,
             engine=engine,
             stage=stage,
+            routers=routers,
             data=corpus,
             log=log,
             flops=functools.partial(_flops, cfg.model),
-            save=functools.partial(_save, cfg, run_dir, engine, groups, log, corpus.fingerprint),
+            save=functools.partial(_save, cfg, run_dir, engine, routers, groups, log, corpus.fingerprint),
             total_steps=total_steps,
         )
         log.note(f"ready after {time.monotonic() - started:.1f} s; training from step {progress.step} to {total_steps}")
@@ -221,8 +225,9 @@ def _introduce(
     log.note(str(corpus.report))
     log.note(contract)
     log.note(
-        f"{groups.world} process(es) on {groups.device.type}, ZeRO-{cfg.engine.zero}, {cfg.engine.precision}; "
-        f"global batch {rows} rows = {groups.world} x {micro} x {rows // (micro * groups.world)} accumulated"
+        f"{groups.world} process(es) on {groups.device.type}{_layout(cfg, groups)}, ZeRO-{cfg.engine.zero}, "
+        f"{cfg.engine.precision}; "
+        f"global batch {rows} rows = {groups.dp.size} x {micro} x {rows // (micro * groups.dp.size)} accumulated"
     )
     if cfg.run.save_every == 0:
         log.note("the only checkpoint is written at the end; run.save_every=N also saves on the way")
@@ -236,10 +241,32 @@ def _introduce(
             )
 
 
+def _layout(cfg: RunConfig, groups: Groups) -> str:
+    """The axes in use, as " = tp 2 x dp 4"; nothing where all ranks are data parallel."""
+    layout = cfg.parallel
+    sizes = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp}
+    used = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    if not used and layout.ep == 1:
+        return ""
+    notes = ["sequence parallel"] if groups.place(layout).splits_rows else []
+    notes += [f"{layout.schedule}, {layout.stages_per_rank} stage(s) a rank"] if layout.pp > 1 else []
+    notes += [layout.context] if layout.cp > 1 else []
+    notes += [f"experts over {layout.ep}"] if layout.ep > 1 else []
+    return " = " + " x ".join([*used, f"dp {groups.dp.size}"]) + (f" ({', '.join(notes)})" if notes else "")
+
+
 def _save(
-    cfg: RunConfig, run_dir: Path, engine: Engine, groups: Groups, log: Log, fingerprint: str, progress: Progress
+    cfg: RunConfig,
+    run_dir: Path,
+    engine: Engine,
+    routers: RouterBook,
+    groups: Groups,
+    log: Log,
+    fingerprint: str,
+    progress: Progress,
 ) -> None:
     state = {
+        "routers": groups.all_gather(routers.state()) if cfg.model.moe is not None else [],
         "position": progress.position,
         "world": groups.world,
         "model": _plain(cfg.model),

@@ -11,6 +11,7 @@ import torch
 
 from data.batch import Document, MicroBatch, collate
 from data.config import DataConfig, SourceConfig
+from models.routing import RouterBook
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import StepResult
 from parallel.groups import Groups
@@ -136,6 +137,7 @@ def world(total: int, held_out: int = 0, precision: Any = "fp32", every: int = 1
         cfg=cfg,
         groups=groups,
         stage=NextToken(2),
+        routers=RouterBook([], 2),
         flops=lambda batch: 1e9 * batch.tokens_T.numel(),
         save=lambda progress: saved.append((progress.step, progress.position)),
         total_steps=total,
