@@ -6,9 +6,12 @@ shipped with torch as well, was measured at 165-190 GFLOP/s a thread where `mm` 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+from parallel.later import weight_gradient_now_or_later
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _SMALL = 4
@@ -73,6 +76,7 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = compute_dtype(x)
         ctx.dtype, ctx.x_dtype, ctx.again = dtype, x.dtype, again.fn if again else None
+        ctx.weight = weight
         x = x.to(dtype)
         ctx.save_for_backward(weight, *(again.tensors if again else (x,)))
         with torch.autocast(x.device.type, enabled=False):
@@ -92,10 +96,20 @@ class _Linear(torch.autograd.Function):
             grad_x = product_nt(grad_c, weight.to(ctx.dtype).t()).to(ctx.x_dtype) if need_x else None
             grad_w = None
             if need_w:
-                x = ctx.again(*kept).to(ctx.dtype) if ctx.again else kept[0]
-                grad_w = weight_gradient(grad_c, x).to(weight.dtype)
+                grad_w = weight_gradient_now_or_later(
+                    ctx.weight, partial(_grad_w, grad_c, ctx.again, kept, weight.dtype)
+                )
             grad_b = grad.sum(0, dtype=torch.float32).to(weight.dtype) if need_b else None
         return grad_x, grad_w, grad_b, grad if need_r else None, None
+
+
+def _grad_w(
+    grad_c: torch.Tensor, again: Callable[..., torch.Tensor] | None, kept: list[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight's gradient of `_Linear` from the output's gradient, in the dtype of the product, and what was kept."""
+    with torch.autocast(grad_c.device.type, enabled=False):
+        x = again(*kept).to(grad_c.dtype) if again else kept[0]
+        return weight_gradient(grad_c, x).to(dtype)
 
 
 def linear(
