@@ -115,7 +115,7 @@ class Decoder(nn.Module):
             max_seqlen: longest document; taken from `cu_seqlens`, so it may be left out.
             targets_T: int64 [T], -100 where there is none; asks for the loss.
             loss_weight: what the sum of token losses is multiplied with.
-            output: without targets, the hidden states after the final norm [T, D] or what the head makes of them
+            output: without targets, the hidden states after the final norm [R, D] or what the head makes of them
                 (logits [T, V], or values [T]).
             channel_T: int64 [T], the channel of each token; routers count their loads by it.
             hidden_RD: what the chunk before gave; the first chunk takes the tokens instead.
@@ -138,7 +138,10 @@ class Decoder(nn.Module):
         if targets_T is not None:
             assert self.cfg.head == "lm", "targets are tokens: a scalar head has no loss of its own"
             return self.head(hidden_RD, targets_T, loss_weight)
-        return self.head(hidden_RD) if output == "head" else hidden_RD
+        if output == "hidden":
+            return hidden_RD
+        rows = self.head(hidden_RD)
+        return rows[: tokens_T.shape[0]] if self.place.splits_rows else rows
 
     def _layers(self, hidden_RD: torch.Tensor, packing: Packing, tokens: Tokens) -> torch.Tensor:
         remake = self.runtime.recompute == "full" and torch.is_grad_enabled()

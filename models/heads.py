@@ -1,14 +1,15 @@
-"""Heads: what is computed from the last hidden states."""
+"""Heads: what is computed from the last hidden states. Under sequence parallel they come as this rank's rows [R, D]."""
 
 import torch
 from torch import nn
 
 from models.config import ModelConfig
-from parallel.collectives import copy_to, gather_from
+from parallel.collectives import gather_from, join_rows
 from parallel.layers import parameter
 from parallel.linear_loss import linear_loss
 from parallel.matmul import linear
 from parallel.sharding import REPLICATED, Place, Shard
+from parallel.tensor_linear import column_linear
 
 
 class LMHead(nn.Module):
@@ -16,25 +17,31 @@ class LMHead(nn.Module):
 
     def __init__(self, cfg: ModelConfig, place: Place, loss_chunk: int, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self.place, self.loss_chunk = place, loss_chunk
+        self.place, self.loss_chunk, self.vocab = place, loss_chunk, cfg.vocab_size
         shape = (cfg.vocab_size, cfg.hidden_size)
         self.weight = parameter(shape, Shard(0, (cfg.vocab_size,), pad=True), "normal", place) if tied is None else tied
 
     def forward(
-        self, hidden_TD: torch.Tensor, targets_T: torch.Tensor | None = None, loss_weight: float = 1.0
+        self, hidden_RD: torch.Tensor, targets_T: torch.Tensor | None = None, loss_weight: float = 1.0
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits [T, V] of all tokens; with targets (loss_weight x loss sum, loss of each token), see `linear_loss`."""
+        """Logits of all rows, padding rows included, for the vocabulary [T, V]; with targets (loss_weight x loss sum,
+        loss of each token), see `linear_loss`."""
         if targets_T is not None:
-            return linear_loss(hidden_TD, self.weight, targets_T, loss_weight, self.loss_chunk, self.place.tp)
-        return gather_from(linear(copy_to(hidden_TD, self.place.tp), self.weight), self.place.tp)
+            return linear_loss(
+                hidden_RD, self.weight, targets_T, loss_weight, self.loss_chunk, self.place, vocab=self.vocab
+            )
+        logits = gather_from(column_linear(hidden_RD, self.weight, None, self.place), self.place.tp)
+        return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
 
 
 class ScalarHead(nn.Module):
-    """One number a token: a reward or a value. hidden [T, D] -> fp32 [T]."""
+    """One number a token: a reward or a value. hidden [R, D] -> fp32, all rows [T], padding rows included."""
 
     def __init__(self, cfg: ModelConfig, place: Place) -> None:
         super().__init__()
-        self.weight = parameter((1, cfg.hidden_size), REPLICATED, "normal", place)
+        self.place = place
+        self.weight = parameter((1, cfg.hidden_size), REPLICATED, "normal", place, place.splits_rows)
 
-    def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        return linear(hidden_TD, self.weight).squeeze(1).float()
+    def forward(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        values = linear(hidden_RD, self.weight).squeeze(1).float()
+        return join_rows(values, self.place.tp) if self.place.splits_rows else values

@@ -20,6 +20,7 @@ from models.blocks.pieces import Piece, pieces_of
 from models.blocks.rope import rotate_qk
 from models.blocks.sdpa_cpu import cpu_attention
 from models.config import ModelConfig
+from parallel.collectives import pad_rows
 from parallel.layers import ColumnLinear, RowLinear
 from parallel.matmul import Again
 from parallel.sharding import Place
@@ -176,13 +177,13 @@ def attention(qkv: torch.Tensor, packing: Packing, heads: Heads, back_end: BackE
 
 
 class Attention(nn.Module):
-    """normed [T, D] -> residual + out(attention(q, k, v))."""
+    """normed [R, D] -> residual + out(attention(q, k, v)); attention itself sees the T tokens and no padding row."""
 
     def __init__(self, cfg: ModelConfig, layer: int, place: Place, back_end: str) -> None:
         super().__init__()
         groups = max(cfg.num_kv_heads // place.tp.size, 1)  # fewer groups than ranks: each lies on several
         self.heads = Heads(cfg.num_heads // place.tp.size, groups, cfg.head_dim, cfg.window(layer))
-        self.back_end = BACK_ENDS[back_end]
+        self.back_end, self.place = BACK_ENDS[back_end], place
         units = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
         self.qkv = ColumnLinear(cfg.hidden_size, cfg.qkv_parts, cfg.qkv_bias, "normal", place, units)
         self.out = RowLinear(cfg.qkv_parts[0], cfg.hidden_size, cfg.attention_out_bias, "normal_residual", place)
@@ -190,10 +191,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place, partial=True) if cfg.qk_norm else None
 
     def forward(
-        self, normed_TD: torch.Tensor, residual_TD: torch.Tensor, again: Again | None, packing: Packing
+        self, normed_RD: torch.Tensor, residual_RD: torch.Tensor, again: Again | None, packing: Packing
     ) -> torch.Tensor:
-        qkv = self.qkv(normed_TD, again)
+        qkv = self.qkv(normed_RD, again)
+        tokens = packing.tokens
+        if qkv.shape[0] > tokens:
+            qkv = qkv[:tokens]
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = _split(qkv, self.heads)
             qkv = torch.cat([self.q_norm(q)[0].flatten(1), self.k_norm(k)[0].flatten(1), v.flatten(1)], 1)
-        return self.out(attention(qkv, packing, self.heads, self.back_end), residual_TD)
+        out = attention(qkv, packing, self.heads, self.back_end)
+        if self.place.splits_rows:
+            out = pad_rows(out, self.place.tp.size)
+        return self.out(out, residual_RD)

@@ -1,0 +1,327 @@
+"""What a distribution over a vocabulary cut over ranks says, without its logits ever lying on one rank: log-probability
+of given tokens, entropy, the k most probable tokens. From logits, or from hidden states in chunks.
+
+A rank holds rows [first, first + rows) of the vocabulary; where the ranks do not divide it the last ones hold fewer
+(perhaps none), and what lies behind those rows in their weights is padding that takes no part in anything.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import Pending, all_reduce, pad_rows, start_all_reduce, start_gather_rows, start_scatter_rows
+from parallel.matmul import compute_dtype, product_nt_fp32
+from parallel.sharding import ALONE, SINGLE, Axis, Place
+
+IGNORE = -100
+# A product is added to the weight gradient in row blocks of this many elements, so that it needs no second gradient.
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class VocabRows:
+    """The tokens of the vocabulary that are this rank's."""
+
+    axis: Axis
+    first: int
+    rows: int
+
+    @staticmethod
+    def of(held: int, vocab: int | None, axis: Axis) -> "VocabRows":
+        """`held` rows lie on each rank, padding included; `vocab` tokens there are, None if there is no padding."""
+        vocab = held * axis.size if vocab is None else vocab
+        first = min(axis.rank * held, vocab)
+        return VocabRows(axis, first, min(held, vocab - first))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The positions where a token is asked for (not -100), and where those tokens lie: S of T positions."""
+
+    total: int
+    index_S: torch.Tensor | None
+    """None: all positions."""
+    local_S: torch.Tensor
+    """Row of this rank, 0 where it is another's."""
+    mine_S: torch.Tensor
+
+    @staticmethod
+    def of(tokens_T: torch.Tensor, vocab: VocabRows) -> "Asked":
+        index = (tokens_T != IGNORE).nonzero().squeeze(1)
+        everything = index.numel() == tokens_T.numel()
+        local_S = (tokens_T if everything else tokens_T[index]) - vocab.first
+        mine_S = (local_S >= 0) & (local_S < vocab.rows)
+        return Asked(tokens_T.numel(), None if everything else index, local_S.masked_fill(~mine_S, 0), mine_S)
+
+    @property
+    def count(self) -> int:
+        return self.local_S.numel()
+
+    def take(self, x_T: torch.Tensor) -> torch.Tensor:
+        """The asked rows of [T, ...]."""
+        return x_T[: self.total] if self.index_S is None else x_T[self.index_S]
+
+    def spread(self, x_S: torch.Tensor) -> torch.Tensor:
+        """Rows back at their positions [T, ...], zero elsewhere."""
+        if self.index_S is None:
+            return x_S
+        return x_S.new_zeros(self.total, *x_S.shape[1:]).index_copy_(0, self.index_S, x_S)
+
+
+def all_hidden(hidden_RD: torch.Tensor, place: Place) -> torch.Tensor:
+    """All rows of the hidden states, padding included, in the dtype products run in. Not differentiable."""
+    hidden = hidden_RD.to(compute_dtype(hidden_RD))
+    return start_gather_rows(hidden, place.tp).wait() if place.splits_rows else hidden
+
+
+class HiddenGradient:
+    """The fp32 gradient of the asked rows, put in by chunks and summed over tp while the next things are computed."""
+
+    def __init__(self, asked: Asked, dim: int, place: Place, device: torch.device) -> None:
+        self.asked, self.place = asked, place
+        self.grad_SD = torch.empty(asked.count, dim, dtype=torch.float32, device=device)
+        self.pending: list[Pending] = []
+
+    def put(self, part: slice, grad_CD: torch.Tensor) -> None:
+        """Rows `part` of the asked ones. The last part comes last."""
+        self.grad_SD[part] = grad_CD
+        if self.place.splits_rows and part.stop >= self.asked.count:
+            whole = pad_rows(self.asked.spread(self.grad_SD), self.place.tp.size)
+            self.pending.append(start_scatter_rows(whole, self.place.tp))
+        elif self.place.tp.size > 1 and not self.place.splits_rows:
+            self.pending.append(start_all_reduce(self.grad_SD[part], self.place.tp))
+
+    def wait(self, like_RD: torch.Size, factor: torch.Tensor | None = None) -> torch.Tensor:
+        """The gradient of the hidden states as they came in, of shape `like_RD`."""
+        done = [pending.wait() for pending in self.pending]
+        if not self.asked.count:
+            return self.grad_SD.new_zeros(like_RD)
+        grad = done[0] if self.place.splits_rows else self.grad_SD
+        if factor is not None:
+            grad.mul_(factor)
+        grad = grad if self.place.splits_rows else self.asked.spread(grad)
+        return grad
+
+
+def add_weight_grad(grad_VD: torch.Tensor, dlogits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
+    """`grad += dlogits.T @ hidden`, in blocks."""
+    rows = max(1, _BLOCK // grad_VD.shape[1])
+    for start in range(0, grad_VD.shape[0], rows):
+        block = dlogits_CV[:, start : start + rows]
+        # The narrow operand first, see `weight_gradient`.
+        grad_VD[start : start + rows] += product_nt_fp32(hidden_CD.t(), block.t()).t()
+
+
+def top_of(logits_CV: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The largest logit of each token over all ranks [C]."""
+    empty = logits_CV.shape[1] == 0
+    top_C = logits_CV.new_full((logits_CV.shape[0],), float("-inf")) if empty else logits_CV.amax(1)
+    return all_reduce(top_C, axis, dist.ReduceOp.MAX)
+
+
+def picked(logits_CV: torch.Tensor, local_C: torch.Tensor, mine_C: torch.Tensor) -> torch.Tensor:
+    """The logit of each token where it is on this rank, else 0 [C]."""
+    if logits_CV.shape[1] == 0:
+        return logits_CV.new_zeros(logits_CV.shape[0])
+    return logits_CV.gather(1, local_C[:, None]).squeeze(1).masked_fill_(~mine_C, 0.0)
+
+
+def _statistics(
+    logits_CV: torch.Tensor, local_C: torch.Tensor, mine_C: torch.Tensor, axis: Axis
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability of the token, log-sum-exp and entropy, each [C], from fp32 logits that are overwritten."""
+    picked_C = picked(logits_CV, local_C, mine_C)
+    top_C = top_of(logits_CV, axis)
+    shifted = logits_CV.sub_(top_C[:, None])
+    weights = shifted.exp()
+    sums = torch.stack((weights.sum(1), weights.mul_(shifted).sum(1), picked_C))
+    total_C, energy_C, picked_C = all_reduce(sums, axis)
+    log_C = total_C.log()
+    return picked_C - top_C - log_C, top_C + log_C, log_C - energy_C / total_C
+
+
+def _dlogits(
+    logits_CV: torch.Tensor,
+    log_sum_C: torch.Tensor,
+    entropy_C: torch.Tensor,
+    local_C: torch.Tensor,
+    mine_C: torch.Tensor,
+    grad_log_C: torch.Tensor | None,
+    grad_entropy_C: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of the logits, which are overwritten: g (1[token] - p) - h p (log p + entropy)."""
+    log_p = logits_CV.sub_(log_sum_C[:, None])
+    p = log_p.exp()
+    if grad_entropy_C is None:
+        factor = grad_log_C[:, None] if grad_log_C is not None else 0.0
+    else:
+        factor = log_p.add_(entropy_C[:, None]).mul_(grad_entropy_C[:, None])
+        if grad_log_C is not None:
+            factor.add_(grad_log_C[:, None])
+    out = p.mul_(factor).neg_()
+    if grad_log_C is not None and out.shape[1]:
+        out.scatter_add_(1, local_C[:, None], (grad_log_C * mine_C)[:, None])
+    return out
+
+
+class _FromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: torch.Tensor, tokens_T: torch.Tensor, vocab: VocabRows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = Asked.of(tokens_T, vocab)
+        own = asked.take(logits_TV)[:, : vocab.rows]
+        log_S, log_sum_S, entropy_S = _statistics(
+            own.to(torch.float32, copy=True), asked.local_S, asked.mine_S, vocab.axis
+        )
+        ctx.save_for_backward(logits_TV, log_sum_S, entropy_S)
+        ctx.asked, ctx.vocab = asked, vocab
+        ctx.set_materialize_grads(False)
+        return asked.spread(log_S), asked.spread(entropy_S)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor, None, None]:
+        logits_TV, log_sum_S, entropy_S = ctx.saved_tensors
+        asked, rows = ctx.asked, ctx.vocab.rows
+        grads_S = [None if g is None else asked.take(g).float() for g in grads]
+        own = asked.take(logits_TV)[:, :rows].to(torch.float32, copy=True)
+        dlogits = _dlogits(own, log_sum_S, entropy_S, asked.local_S, asked.mine_S, *grads_S)
+        out = torch.zeros_like(logits_TV)
+        out[:, :rows] = asked.spread(dlogits).to(out.dtype)
+        return out, None, None
+
+
+class _FromHidden(torch.autograd.Function):
+    """Keeps hidden rows as they came and two numbers a token; the backward makes each chunk's logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        tokens_T: torch.Tensor,
+        vocab: VocabRows,
+        chunk: int,
+        place: Place,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = Asked.of(tokens_T, vocab)
+        hidden_SD = asked.take(all_hidden(hidden_RD, place))
+        weight = weight_VD[: vocab.rows].to(hidden_SD.dtype)
+        out = torch.empty(3, asked.count, dtype=torch.float32, device=hidden_RD.device)
+        with torch.autocast(hidden_RD.device.type, enabled=False):
+            for start in range(0, asked.count, chunk):
+                part = slice(start, start + chunk)
+                logits = product_nt_fp32(hidden_SD[part], weight)
+                out[:, part] = torch.stack(_statistics(logits, asked.local_S[part], asked.mine_S[part], vocab.axis))
+        log_S, log_sum_S, entropy_S = out
+        ctx.save_for_backward(hidden_RD, weight_VD, log_sum_S, entropy_S)
+        ctx.asked, ctx.vocab, ctx.chunk, ctx.place, ctx.dtype = asked, vocab, chunk, place, hidden_SD.dtype
+        ctx.set_materialize_grads(False)
+        return asked.spread(log_S), asked.spread(entropy_S)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        hidden_RD, weight_VD, log_sum_S, entropy_S = ctx.saved_tensors
+        asked, vocab = ctx.asked, ctx.vocab
+        need_h, need_w = ctx.needs_input_grad[:2]
+        device = hidden_RD.device
+        grads_S = [None if g is None else asked.take(g).float() for g in grads]
+        with torch.autocast(device.type, enabled=False):
+            hidden_SD = asked.take(all_hidden(hidden_RD.to(ctx.dtype), ctx.place))
+            weight = weight_VD[: vocab.rows].to(ctx.dtype)
+            grad_h = HiddenGradient(asked, hidden_RD.shape[1], ctx.place, device) if need_h else None
+            grad_w = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device) if need_w else None
+            for start in range(0, asked.count, ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                logits = product_nt_fp32(hidden_SD[part], weight)
+                at = [x[part] for x in (log_sum_S, entropy_S, asked.local_S, asked.mine_S)]
+                grads_C = [g if g is None else g[part] for g in grads_S]
+                dlogits = _dlogits(logits, *at, *grads_C).to(ctx.dtype)
+                if grad_h is not None:
+                    grad_h.put(part, product_nt_fp32(dlogits, weight.t()))
+                if grad_w is not None:
+                    add_weight_grad(grad_w[: vocab.rows], dlogits, hidden_SD[part])
+        return (
+            grad_h.wait(hidden_RD.shape).to(hidden_RD.dtype) if grad_h is not None else None,
+            grad_w.to(weight_VD.dtype) if grad_w is not None else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def token_log_probs(
+    hidden_RD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    tokens_T: torch.Tensor,
+    place: Place = SINGLE,
+    vocab: int | None = None,
+    chunk: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each token under `softmax(hidden @ weight.T)`, and the entropy, in nats; both differentiable.
+
+    Args:
+        hidden_RD: hidden states as they come to the head: all rows, or this rank's under sequence parallel.
+        weight_VD: this rank's rows of the head.
+        tokens_T: int64; -100 where nothing is asked: there both results are 0 and no gradient flows.
+        vocab: number of tokens, where the rows of all ranks are more (padding).
+        chunk: tokens whose logits exist at the same time.
+
+    Returns:
+        Two fp32 [T], the same on every rank of tp. For a temperature, divide the hidden states by it.
+    """
+    rows = VocabRows.of(weight_VD.shape[0], vocab, place.tp)
+    return _FromHidden.apply(hidden_RD, weight_VD, tokens_T, rows, chunk, place)
+
+
+def token_log_probs_of_logits(
+    logits_TV: torch.Tensor, tokens_T: torch.Tensor, axis: Axis = ALONE, vocab: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `token_log_probs`, from this rank's columns of the (finite) logits [T, V / tp], any float dtype."""
+    return _FromLogits.apply(logits_TV, tokens_T, VocabRows.of(logits_TV.shape[1], vocab, axis))
+
+
+@torch.no_grad()
+def top_k_of_logits(
+    logits_TV: torch.Tensor, k: int, axis: Axis = ALONE, vocab: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most probable tokens from this rank's columns of the logits: fp32 log-probabilities, falling, and ids
+    (both [T, k], the same on every rank). Each rank sends its own k best. Not differentiable."""
+    rows = VocabRows.of(logits_TV.shape[1], vocab, axis)
+    return _top_k(logits_TV[:, : rows.rows].float(), k, rows)
+
+
+@torch.no_grad()
+def top_k(
+    hidden_RD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    k: int,
+    place: Place = SINGLE,
+    vocab: int | None = None,
+    chunk: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `top_k_of_logits`, from hidden states and the head's rows as in `token_log_probs`. Under sequence parallel
+    the result has all rows, padding included."""
+    rows = VocabRows.of(weight_VD.shape[0], vocab, place.tp)
+    hidden = all_hidden(hidden_RD, place)
+    weight = weight_VD[: rows.rows].to(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [_top_k(product_nt_fp32(part, weight), k, rows) for part in hidden.split(chunk)]
+    return torch.cat([values for values, _ in parts]), torch.cat([ids for _, ids in parts])
+
+
+def _top_k(logits_CV: torch.Tensor, k: int, rows: VocabRows) -> tuple[torch.Tensor, torch.Tensor]:
+    axis, count = rows.axis, logits_CV.shape[0]
+    values, ids = logits_CV.topk(min(k, rows.rows), 1)
+    missing = k - values.shape[1]
+    values = torch.nn.functional.pad(values, (0, missing), value=float("-inf"))
+    ids = torch.nn.functional.pad(ids + rows.first, (0, missing))
+    top_C = top_of(logits_CV, axis)
+    total_C = all_reduce((logits_CV - top_C[:, None]).exp_().sum(1), axis)
+    if axis.size > 1:
+        values, ids = (
+            start_gather_rows(x, axis).wait().view(axis.size, count, k).transpose(0, 1).flatten(1)
+            for x in (values, ids)
+        )
+    values, at = values.topk(k, 1)
+    return values - (top_C + total_C.log())[:, None], ids.gather(1, at)
