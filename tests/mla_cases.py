@@ -1,4 +1,4 @@
-"""What the pools run for latent attention: a decoder in some layout, with everything that must not depend on the cut."""
+"""What the pools run for latent attention: a decoder in some layout, with all that must not depend on the layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from models import ModelConfig, RopeConfig, Runtime, build
-from models.config import MLAConfig
+from models.config import MLAConfig, MoEConfig
 from models.init import InitSource
 from parallel.collectives import all_reduce
 from parallel.config import ParallelConfig
@@ -36,12 +36,26 @@ LATENT = ModelConfig(
     mla=MLAConfig(kv_rank=12, nope_dim=6, rope_dim=4, value_dim=8, q_rank=14),
     init_std=0.15,
 )
+EXPERTS = MoEConfig(
+    num_experts=8,
+    top_k=2,
+    expert_size=8,
+    shared_size=8,
+    first_dense=1,
+    score="sigmoid",
+    scale=2.5,
+    groups=4,
+    groups_kept=2,
+    group_score="top2_sum",
+    correction_bias=True,
+)
 OPTIONS: dict[str, ModelConfig] = {
     "latent_queries": LATENT,
     "plain_queries": dataclasses.replace(
         LATENT, family="deepseek_v2", mla=MLAConfig(kv_rank=12, nope_dim=6, rope_dim=4, value_dim=8)
     ),
     "biases": dataclasses.replace(LATENT, qkv_bias=True, attention_out_bias=True),
+    "experts": dataclasses.replace(LATENT, moe=EXPERTS),
 }
 
 
