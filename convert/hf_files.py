@@ -8,7 +8,7 @@ import errno
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,14 @@ def _read_indexed(folder: Path) -> dict[str, StoredTensor]:
     return {name: headers[file][name] for name, file in placed.items()}
 
 
-def plan_files(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int) -> list[list[str]]:
+def plan_files(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int, exact: Set[str] = frozenset()
+) -> list[list[str]]:
     """Deal tensors, in order, into files of at most `limit` bytes (a larger tensor has a file of its own)."""
     files: list[list[str]] = []
     used = limit
     for name, shape in shapes.items():
-        size = _numel(shape) * dtype.itemsize
+        size = _numel(shape) * (torch.float32 if name in exact else dtype).itemsize
         if used + size > limit:
             files.append([])
             used = 0
@@ -153,19 +155,29 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 class SafetensorsWriter:
-    """Writes a known set of tensors of one dtype into `folder`, in any order, holding one tensor at a time."""
+    """Writes a known set of tensors into `folder`, in any order, holding one tensor at a time.
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int) -> None:
-        self.folder, self.dtype = folder, dtype
+    All are converted to `dtype` but those in `exact`, which stay fp32.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        limit: int,
+        exact: Set[str] = frozenset(),
+    ) -> None:
+        self.folder, self.dtype, self.exact = folder, dtype, exact
         self._left = dict(shapes)
         self._place: dict[str, tuple[Path, int]] = {}
-        self.total = sum(_numel(shape) for shape in shapes.values()) * dtype.itemsize
+        self.total = sum(_numel(shape) * self._dtype(name).itemsize for name, shape in shapes.items())
         free = shutil.disk_usage(folder).free
         if free < self.total:
             raise ValueError(
                 f"{folder} has {free} bytes free, the weights need {self.total}; free space or choose another disk"
             )
-        files = plan_files(shapes, dtype, limit)
+        files = plan_files(shapes, dtype, limit, exact)
         names = (
             [SINGLE]
             if len(files) == 1
@@ -180,12 +192,16 @@ class SafetensorsWriter:
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self.exact else self.dtype
+
     def _begin(self, file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in shapes.items():
-            end = offset + _numel(shape) * self.dtype.itemsize
-            header[name] = {"dtype": NAMES[self.dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            dtype = self._dtype(name)
+            end = offset + _numel(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
@@ -203,7 +219,7 @@ class SafetensorsWriter:
         shape = self._left.pop(name)
         assert tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}, planned was {shape}"
         file, offset = self._place[name]
-        data = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
+        data = tensor.detach().to("cpu", self._dtype(name)).contiguous().view(-1).view(torch.uint8)
         try:
             with file.open("r+b") as handle:
                 handle.seek(offset)

@@ -11,7 +11,7 @@ import torch
 
 from convert.from_hf import weight_rules, whole_shapes
 from convert.hf_files import SHARD_BYTES, SafetensorsWriter
-from models import FAMILIES
+from models import FAMILIES, build
 from models.config import ModelConfig
 
 TOKENIZER_FILES = (
@@ -107,7 +107,9 @@ def _write_weights(
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in whole_shapes(cfg).items():
         shapes |= rules[name].hf_shapes(shape)
-    writer = SafetensorsWriter(folder, shapes, dtype, shard_bytes)
+    # A router's correction bias moves by steps that bf16 rounds away: it stays fp32, as in published checkpoints.
+    exact = {name for buffer, _ in build(cfg).named_buffers() for name in rules[buffer].sources}
+    writer = SafetensorsWriter(folder, shapes, dtype, shard_bytes, exact)
     for name, tensor in tensors:
         for hf_name, part in rules[name].to_hf(tensor).items():
             writer.put(hf_name, part)

@@ -1,5 +1,6 @@
 """The exported folder: loaded by transformers with equal logits, byte-equal after a round trip, all or nothing."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from convert.from_hf import HFSource, iter_from_hf, whole_shapes
 from convert.hf_files import INDEX, SINGLE
 from convert.to_hf import export
 from models import ModelConfig, build, config_from_hf_folder
+from models.config import MLAConfig, MoEConfig
 from models.init import InitSource
 from parallel.materialise import materialise
 from parallel.sharding import WHOLE
@@ -66,6 +68,24 @@ def test_round_trip_is_byte_equal(tmp_path: Path) -> None:
         names = sorted(path.name for path in first.iterdir())
         assert names == sorted(path.name for path in second.iterdir())
         assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_a_correction_bias_stays_fp32(tmp_path: Path) -> None:
+    """bf16 would round a bias of 1.001 to 1; transformers reads the folder, and its file of experts one by one."""
+    moe = MoEConfig(4, 2, 8, shared_size=8, score="sigmoid", group_score="top2_sum", correction_bias=True)
+    cfg = dataclasses.replace(
+        CFG, family="deepseek_v3", num_kv_heads=4, head_dim=6, mla=MLAConfig(8, 4, 2, 4, 8), moe=moe
+    )
+    tensors = dict(weights(cfg))
+    tensors["layers.1.mlp.router.bias"] = torch.tensor([1.001, -0.3, 0.0, 2.003])
+    folder = export(tmp_path / "hf", cfg, tensors.items(), dtype=torch.bfloat16, shard_bytes=1500)
+    read = dict(iter_from_hf(folder, cfg))
+    assert torch.equal(read["layers.1.mlp.router.bias"], tensors["layers.1.mlp.router.bias"])
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    bias = theirs.model.layers[1].mlp.gate.e_score_correction_bias
+    assert torch.equal(bias, tensors["layers.1.mlp.router.bias"])
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    assert sum(sizes) > json.loads((folder / INDEX).read_text())["metadata"]["total_size"]
 
 
 def test_what_transformers_saved_comes_back_byte_for_byte(tmp_path: Path) -> None:
