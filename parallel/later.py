@@ -40,6 +40,11 @@ class Later:
         finally:
             self._deferring = False
 
+    @property
+    def deferring_now(self) -> bool:
+        """Whether `put` would queue."""
+        return self._deferring
+
     def put(self, weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> bool:
         """Queue a weight's gradient; False where it must be computed now."""
         if self._deferring:
@@ -61,6 +66,12 @@ class Later:
                     weight.grad += grad
 
         return run
+
+
+def put_off(weight: torch.Tensor) -> bool:
+    """Whether a gradient of `weight` asked for now would be computed later."""
+    later = vars(weight).get(_KEY)
+    return later is not None and later.deferring_now
 
 
 def weight_gradient_now_or_later(weight: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from parallel.collectives import all_reduce
 from parallel.matmul import product_nt_fp32
 from parallel.sharding import SINGLE, Axis, Place
-from parallel.vocab import Asked, HiddenGradient, VocabRows, add_weight_grad, all_hidden, picked, top_of
+from parallel.vocab_rows import Asked, HiddenGradient, VocabRows, add_weight_grad, all_hidden, picked, top_of
 
 
 def _probabilities(logits_CV: torch.Tensor, local_C: torch.Tensor, mine_C: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from parallel.collectives import Pending, start_all_reduce, start_gather_rows, start_scatter_rows
-from parallel.later import weight_gradient_now_or_later
+from parallel.later import put_off, weight_gradient_now_or_later
 from parallel.matmul import Again, compute_dtype, linear, product_nt, weight_gradient
 from parallel.sharding import Place
 
@@ -42,7 +42,7 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        place, again, dtype = ctx.place, ctx.again, ctx.dtype
+        place, again, dtype, leaf = ctx.place, ctx.again, ctx.dtype, ctx.weight
         grad_c = grad.to(dtype)
 
         def input_rows() -> Pending:
@@ -51,16 +51,17 @@ class _ColumnLinear(torch.autograd.Function):
 
         def compute() -> torch.Tensor:
             with torch.autocast(grad.device.type, enabled=False):
-                return weight_gradient(grad_c, (early or input_rows()).wait()).to(ctx.weight.dtype)
+                return weight_gradient(grad_c, (early or input_rows()).wait()).to(leaf.dtype)
 
         with torch.autocast(grad.device.type, enabled=False):
-            early = input_rows() if need_w and place.splits_rows else None
+            # Gathered beside the product below, unless the weight waits: then its own rows are kept, and gathered then.
+            early = input_rows() if need_w and place.splits_rows and not put_off(leaf) else None
             pending = None
             if need_x:
                 grad_x = product_nt(grad_c, weight.to(dtype).t())
                 start = start_scatter_rows if place.splits_rows else start_all_reduce
                 pending = start(grad_x, place.tp)
-            grad_w = weight_gradient_now_or_later(ctx.weight, compute) if need_w else None
+            grad_w = weight_gradient_now_or_later(leaf, compute) if need_w else None
             grad_b = grad.sum(0, dtype=torch.float32).to(weight.dtype) if need_b else None
         return pending.wait().to(ctx.x_dtype) if pending else None, grad_w, grad_b, None, None
 

@@ -9,6 +9,7 @@ import torch
 
 from parallel import vocab
 from parallel.sharding import Axis
+from parallel.vocab_rows import VocabRows
 from tests import tp_cases
 
 
@@ -121,5 +122,5 @@ def test_logits_of_all_tokens_or_words_never_exist(pool) -> None:
 
 @pytest.mark.parametrize(("rank", "first", "rows"), [(0, 0, 3), (1, 3, 2), (2, 5, 0), (3, 5, 0)])
 def test_rows_of_a_rank(rank: int, first: int, rows: int) -> None:
-    assert vocab.VocabRows.of(3, 5, Axis(4, rank)) == vocab.VocabRows(Axis(4, rank), first, rows)
-    assert vocab.VocabRows.of(3, None, Axis(4, rank)).rows == 3
+    assert VocabRows.of(3, 5, Axis(4, rank)) == VocabRows(Axis(4, rank), first, rows)
+    assert VocabRows.of(3, None, Axis(4, rank)).rows == 3
