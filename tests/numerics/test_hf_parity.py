@@ -19,6 +19,9 @@ LLAMA, QWEN2, QWEN3 = (load_model(name, []) for name in ("tiny_llama", "tiny_qwe
 DEEPSEEK2, DEEPSEEK3 = (load_model(name, []) for name in ("tiny_deepseek_v2", "tiny_deepseek_v3"))
 MLA2, MOE2, MLA3, MOE3 = DEEPSEEK2.mla, DEEPSEEK2.moe, DEEPSEEK3.mla, DEEPSEEK3.moe
 assert MLA2 is not None and MOE2 is not None and MLA3 is not None and MOE3 is not None
+MIXTRAL, QWEN2_MOE, QWEN3_MOE = (load_model(f"tiny_{name}", []) for name in ("mixtral", "qwen2_moe", "qwen3_moe"))
+EXPERTS, EXPERTS2, EXPERTS3 = MIXTRAL.moe, QWEN2_MOE.moe, QWEN3_MOE.moe
+assert EXPERTS is not None and EXPERTS2 is not None and EXPERTS3 is not None
 OPTIONS: dict[str, ModelConfig] = {name: load_model(name, []) for name in TINY} | {
     "llama_tied": dataclasses.replace(LLAMA, tied_embeddings=True),
     "llama_biases": dataclasses.replace(LLAMA, qkv_bias=True, attention_out_bias=True, mlp_bias=True),
@@ -31,6 +34,17 @@ OPTIONS: dict[str, ModelConfig] = {name: load_model(name, []) for name in TINY} 
     "qwen3_tied": dataclasses.replace(QWEN3, tied_embeddings=True),
     "qwen3_biases": dataclasses.replace(QWEN3, qkv_bias=True, attention_out_bias=True),
     "qwen3_sliding": dataclasses.replace(QWEN3, sliding_window=20, full_attention_layers=1),
+    "mixtral_full_tied": dataclasses.replace(MIXTRAL, sliding_window=None, tied_embeddings=True),
+    "mixtral_one_expert_a_token": dataclasses.replace(MIXTRAL, moe=dataclasses.replace(EXPERTS, top_k=1)),
+    "qwen2_moe_normalized": dataclasses.replace(
+        QWEN2_MOE, qkv_bias=False, moe=dataclasses.replace(EXPERTS2, normalize=True, first_dense=0)
+    ),
+    "qwen3_moe_sliding_biases": dataclasses.replace(
+        QWEN3_MOE, sliding_window=20, qkv_bias=True, attention_out_bias=True
+    ),
+    "qwen3_moe_first_dense": dataclasses.replace(
+        QWEN3_MOE, moe=dataclasses.replace(EXPERTS3, first_dense=1, normalize=False)
+    ),
     "deepseek2_latent_queries": dataclasses.replace(DEEPSEEK2, mla=dataclasses.replace(MLA2, q_rank=24)),
     "deepseek2_groups": dataclasses.replace(
         DEEPSEEK2, moe=dataclasses.replace(MOE2, groups=4, groups_kept=2, scale=16.0)
