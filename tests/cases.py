@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,20 @@ def here(layout: ParallelConfig = ALL_DATA) -> Groups:
     return build_groups(LauncherRanks(rank, size, rank), 300, layout)
 
 
-def uneven_rows(step: int, count: int = 8) -> list[list[Document]]:
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a step are like."""
+
+    packed: bool = True
+    """Up to three documents a row; else one."""
+    pretrain: bool = False
+    """Every token is learnt; else from one to all of a document's."""
+
+
+UNEVEN = Rows()
+
+
+def uneven_rows(step: int, count: int = 8, kind: Rows = UNEVEN) -> list[list[Document]]:
     """``count`` rows of very uneven lengths and supervised tokens (1 to all), channels missing from most rows."""
     random = np.random.default_rng([7, step])
     rows = []
@@ -58,23 +72,25 @@ def uneven_rows(step: int, count: int = 8) -> list[list[Document]]:
         row = []
         for length in lengths:
             learn = np.zeros(length, dtype=bool)
-            learn[-1 if index % 2 else 1 :] = True
+            learn[1 if kind.pretrain or index % 2 == 0 else -1 :] = True
             row.append(Document(random.integers(0, TINY.vocab_size, size=length), learn, channel))
-        rows.append(row)
+        rows.append(row if kind.packed else row[:1])
     return rows
 
 
-def my_micro_batches(step: int, groups: Groups, micro_rows: int) -> list[MicroBatch]:
+def my_micro_batches(step: int, groups: Groups, micro_rows: int, kind: Rows = UNEVEN) -> list[MicroBatch]:
     """This rank's micro-batches of the step's eight rows, cut by the product's own rule."""
-    rows = uneven_rows(step)
+    rows = uneven_rows(step, kind=kind)
     light = [Row((i,), tuple(len(doc.tokens_L) for doc in row)) for i, row in enumerate(rows)]
     mine = split_rows(light, groups.dp.rank, groups.dp.size, micro_rows)
     return [collate([doc for row in part for doc in rows[row.pieces[0]]]) for part in mine]
 
 
-def my_parts(step: int, groups: Groups, layout: ParallelConfig, micro_rows: int) -> list[MicroBatch]:
+def my_parts(
+    step: int, groups: Groups, layout: ParallelConfig, micro_rows: int, kind: Rows = UNEVEN
+) -> list[MicroBatch]:
     """The micro-batches, of each this rank's tokens."""
-    batches = my_micro_batches(step, groups, micro_rows)
+    batches = my_micro_batches(step, groups, micro_rows, kind)
     return [local_part(batch, groups.cp, layout.context) for batch in batches] if groups.cp.size > 1 else batches
 
 
@@ -119,12 +135,14 @@ def train(
     resume_from: str | None = None,
     layout: ParallelConfig = ALL_DATA,
     model: ModelConfig | None = None,
+    rows: Rows = UNEVEN,
+    eps: float = 1e-4,
 ) -> dict[str, Any]:
     """Train the tiny model; losses, norms, per-channel numbers, first-step gradients and final weights."""
     groups = here(layout)
     cfg = model or dataclasses.replace(TINY, tied_embeddings=tied)
     # A large eps keeps Adam from blowing rounding noise of vanishing gradients up to a whole step.
-    optim = OptimConfig(lr=1e-2, clip=clip, eps=1e-4)
+    optim = OptimConfig(lr=1e-2, clip=clip, eps=eps)
     engine_cfg = EngineConfig(zero=zero, precision=precision, recompute=recompute, offload_optimizer=offload)
     saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
     engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3), layout)
@@ -136,7 +154,7 @@ def train(
         routers.restore(*saved.state["routers"])
     out: dict[str, Any] = {"metrics": [], "norm": [], "loads": []}
     for step in range(first, first + steps):
-        batches = my_parts(step, groups, layout, micro_rows)
+        batches = my_parts(step, groups, layout, micro_rows, rows)
         count, tokens = groups.sum([stage.count(batches), float(sum(len(batch.tokens_T) for batch in batches))])
         routers.begin(groups.data.size * engine.loss_scale.value / tokens)
         result = engine.train_step(batches, stage.forward, count, optim.lr_at(step, 100))

@@ -1,0 +1,116 @@
+"""The layouts the matrix runs, as data: each row is trained and compared with one process.
+
+A row is legal (``test_matrix`` checks that the door lets it through). ``docs`` of what is refused live with the door.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from models import ModelConfig
+from parallel.config import ParallelConfig
+from scripts.params import load_model
+from tests.cases import Rows
+
+MOE_LOSSES = ["moe.balance_loss=0.1", "moe.z_loss=0.01"]
+MODELS: dict[str, tuple[str, list[str]]] = {
+    "llama": ("tiny_llama", []),
+    "llama_odd_vocab": ("tiny_llama", ["vocab_size=509", "num_layers=4"]),
+    "llama_deep": ("tiny_llama", ["num_layers=8", "tied_embeddings=true"]),
+    "llama_biases": ("tiny_llama", ["qkv_bias=true", "attention_out_bias=true", "mlp_bias=true", "num_layers=4"]),
+    "llama_one_kv": ("tiny_llama", ["num_kv_heads=1"]),
+    "qwen2": ("tiny_qwen2", []),
+    "qwen3": ("tiny_qwen3", []),
+    "mixtral": ("tiny_mixtral", MOE_LOSSES),
+    "mixtral_sequence": ("tiny_mixtral", [*MOE_LOSSES, "moe.balance_over=sequence"]),
+    "qwen2_moe": ("tiny_qwen2_moe", MOE_LOSSES),
+    "qwen3_moe": ("tiny_qwen3_moe", MOE_LOSSES),
+    "deepseek_v2": ("tiny_deepseek_v2", MOE_LOSSES),
+    "deepseek_v3": ("tiny_deepseek_v3", ["moe.bias_rate=0.001"]),
+}
+
+
+def model_of(name: str) -> ModelConfig:
+    """The sizes of a model of the matrix."""
+    yaml, overrides = MODELS[name]
+    return load_model(yaml, overrides)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training: which model, on how many processes, laid out how."""
+
+    model: str
+    processes: int
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+    zero: int = 1
+    recompute: str = "none"
+    rows: Rows = field(default_factory=Rows)
+    micro_rows: int = 1
+
+    @property
+    def id(self) -> str:
+        """A short name: what differs from the defaults."""
+        plain = ParallelConfig()
+        parts = [f"{key}={value}" for key, value in vars(self.layout).items() if value != getattr(plain, key)]
+        parts += [f"zero{self.zero}"] if self.zero != 1 else []
+        parts += [self.recompute] if self.recompute != "none" else []
+        parts += ["unpacked"] if not self.rows.packed else []
+        parts += ["pretrain"] if self.rows.pretrain else []
+        return f"{self.model}-{self.processes}-{','.join(parts)}"
+
+
+def row(model: str, processes: int, *, zero: int = 1, recompute: str = "none", micro: int = 1, **layout: Any) -> Row:
+    """A row from keywords; ``packed`` and ``pretrain`` are of the data, the rest of the layout."""
+    kind = Rows(layout.pop("packed", True), layout.pop("pretrain", False))
+    return Row(model, processes, ParallelConfig(**layout), zero, recompute, kind, micro)
+
+
+SP: dict[str, Any] = {"sequence_parallel": True}
+ROWS = [
+    # tensor and sequence parallel, every ZeRO stage, recompute, heads fewer than ranks, padded vocabulary
+    row("llama", 2, tp=2, zero=0, micro=4),
+    row("llama_odd_vocab", 2, tp=2, **SP, zero=2, micro=4),
+    row("llama", 4, tp=4, zero=3, micro=4),
+    row("llama_one_kv", 4, tp=4, **SP, micro=4),
+    row("llama_biases", 4, tp=2, **SP, zero=3, recompute="selective", micro=2),
+    row("qwen2", 2, tp=2, **SP, recompute="full", micro=4),
+    row("qwen3", 4, tp=2, **SP, zero=2, pretrain=True, micro=2),
+    row("deepseek_v2", 2, tp=2, **SP, micro=4),
+    row("deepseek_v3", 4, tp=2, zero=3, micro=2),
+    # pipelines
+    row("llama_deep", 2, pp=2, schedule="gpipe"),
+    row("llama_deep", 2, pp=2, zero=0, packed=False),
+    row("llama_deep", 2, pp=2, schedule="interleaved", recompute="full"),
+    row("llama_deep", 2, pp=2, schedule="zero_bubble"),
+    row("llama_deep", 2, pp=2, schedule="zbv"),
+    row("llama_deep", 4, pp=4, schedule="zbv"),
+    row("llama_deep", 4, pp=2, schedule="interleaved", vpp=4, micro=1),
+    row("llama_deep", 4, pp=2, tp=2, **SP, schedule="zero_bubble"),
+    row("llama_biases", 4, pp=4, stage_layers=(1, 1, 1, 1), recompute="selective"),
+    row("qwen3", 2, pp=2, pretrain=True),
+    row("mixtral", 2, pp=2),
+    row("deepseek_v3", 2, pp=2),
+    # context parallel
+    row("llama", 2, cp=2, zero=3, micro=2),
+    row("llama", 2, cp=2, context="ulysses", recompute="full", micro=4),
+    row("qwen3", 4, cp=4, micro=4, packed=False),
+    row("llama_biases", 4, cp=2, tp=2, **SP, micro=2),
+    row("llama_deep", 4, cp=2, pp=2, schedule="zbv"),
+    row("qwen3_moe", 4, cp=2, ep=4, micro=2),
+    row("mixtral_sequence", 2, cp=2, micro=2),
+    # experts
+    row("mixtral", 2, ep=2, zero=2, micro=2),
+    row("mixtral_sequence", 4, ep=2, tp=2, **SP, micro=2),
+    row("mixtral", 2, zero=3, micro=2),
+    row("qwen2_moe", 2, ep=2, recompute="full", micro=2),
+    row("qwen3_moe", 4, ep=2, pp=2),
+    row("qwen3_moe", 4, ep=4, zero=0, micro=1),
+    row("deepseek_v2", 4, ep=2, recompute="selective", micro=2),
+    row("deepseek_v3", 4, ep=2, tp=2, **SP, zero=2, micro=2),
+    # all of it
+    row("llama_deep", 8, tp=2, **SP, pp=2, cp=2, schedule="interleaved"),
+    row("mixtral", 8, tp=2, **SP, pp=2, ep=2),
+    row("qwen3_moe", 8, tp=2, **SP, cp=2, ep=4, micro=2),
+]
