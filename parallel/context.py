@@ -67,10 +67,10 @@ def _level(length: int, space: Sequence[int]) -> list[int]:
     order = sorted(range(len(space)), key=lambda r: (-space[r], r))
     tops = [space[r] for r in order]
     assert sum(tops) >= length, f"{length} tokens do not fit in {space}"
-    for some in range(1, len(order) + 1):  # the `some` emptiest ranks take all of it
+    some, level, more = 1, tops[0] - length, 0  # the `some` emptiest ranks take all of it
+    while some < len(order) and level < tops[some]:
+        some += 1
         level, more = divmod(sum(tops[:some]) - length, some)
-        if some == len(order) or level >= tops[some]:
-            break
     shares = [0] * len(space)
     for i, rank in enumerate(order[:some]):
         shares[rank] = space[rank] - level - (1 if i >= some - more else 0)
@@ -81,8 +81,7 @@ def _cut_around_the_middle(start: int, shares: Sequence[int], held: list[list[Ra
     """Give rank r its share of the document that starts at `start`: half from the front, half from the back."""
     fronts = [-(-share // 2) for share in shares]
     backs = [share // 2 for share in shares]
-    edges = [start, *accumulate([*fronts, *reversed(backs)], initial=start)][1:]
-    chunks = list(pairwise(edges))
+    chunks = list(pairwise(accumulate([*fronts, *reversed(backs)], initial=start)))
     for rank in range(len(shares)):
         front, back = chunks[rank], chunks[-1 - rank]
         if front[1] == back[0]:  # the innermost rank's two are one

@@ -123,9 +123,8 @@ def decode(cp: int, kind: Kind, model: dict[str, Any], recompute: Any = "none") 
     return {"loss": tensors[0], "sums": sums, "evaluated": again, "count": float(tensors[3]), "grads": grads}
 
 
-def train(zero: Any, cp: int, kind: Kind, clip: float = 1.0) -> dict[str, Any]:
+def train(zero: Any, layout: ParallelConfig, clip: float = 1.0) -> dict[str, Any]:
     """Three steps of the tiny model: four packs of very different sizes each, the smallest of a single token."""
-    layout = ParallelConfig(cp=cp, context=kind)
     groups = here(layout)
     optim = OptimConfig(lr=1e-2, clip=clip, eps=1e-4)
     engine = make_engine(TINY, EngineConfig(zero=zero), optim, groups, InitSource(TINY, seed=3), layout)
@@ -135,7 +134,7 @@ def train(zero: Any, cp: int, kind: Kind, clip: float = 1.0) -> dict[str, Any]:
         packs = [((step % 3, 1),), CHANNEL_LENGTHS, ((0, 60 + step),), ((1, 2), (2, 9))]
         rows = [Row((i,), tuple(length for _, length in of_row)) for i, of_row in enumerate(packs)]
         mine = [part[0].pieces[0] for part in split_rows(rows, groups.dp.rank, groups.dp.size, 1)]
-        batches = [local_part(pack(packs[i]), groups.cp, kind) for i in mine]
+        batches = [local_part(pack(packs[i]), groups.cp, layout.context) for i in mine]
         (count,) = groups.sum([stage.count(batches)])
         result = engine.train_step(batches, stage.forward, count, optim.lr)
         out["metrics"].append(channels.metrics(result.metrics, NAMES, groups.all_gather, "train"))

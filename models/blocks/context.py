@@ -329,8 +329,8 @@ def _join(
 ) -> None:
     """Attend to a block of keys and join the result with that of the blocks before."""
     for m in meetings:
-        keys = (_heads(x, m.k_start, m.k_stop, m.docs) for x in (k, v))
-        got, got_sum = attend(_heads(q, m.q_start, m.q_stop, m.docs), *keys, m.causal, m.mask, scale)
+        keys, values = (_heads(x, m.k_start, m.k_stop, m.docs) for x in (k, v))
+        got, got_sum = attend(_heads(q, m.q_start, m.q_stop, m.docs), keys, values, m.causal, m.mask, scale)
         got, got_sum = (x.transpose(1, 2).flatten(0, 1) for x in (got, got_sum))
         so_far, sums = out[m.q_start : m.q_stop], log_sum_tH[m.q_start : m.q_stop]
         if m.first:

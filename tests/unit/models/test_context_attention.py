@@ -8,6 +8,7 @@ import torch
 
 from models.blocks.attention import Heads
 from models.config import RopeConfig
+from parallel.config import ParallelConfig
 from tests import cp_cases
 from tests.cases import distance, relative
 from tests.pool import Pool
@@ -52,10 +53,11 @@ def test_eager_under_ulysses(pool: Pools, kind: Any) -> None:
     check(pool, 2, kind, "uneven", Heads(4, 2, 8, None), back_end="eager")
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("kind", ["ulysses", "ring"])
-def test_single_precision(pool: Pools, kind: Any) -> None:
-    """fp32, 3e-6 (one process and torch's kernel alone differ by 1.3e-6 here)."""
-    check(pool, 3, kind, "uneven", Heads(6, 3, 8, None), 3e-6, dtype=torch.float32)
+def test_lower_precision(pool: Pools, kind: Any, dtype: torch.dtype, most: float) -> None:
+    """fp32 3e-6 (one process and torch's kernel alone differ by 1.3e-6 here), bf16 3e-2."""
+    check(pool, 3, kind, "uneven", Heads(6, 3, 8, None), most, dtype=dtype)
 
 
 DYNAMIC = RopeConfig(scaling="dynamic", factor=2.0, original_max_seq_len=16)
@@ -81,13 +83,21 @@ def test_decoder_equals_one_process(pool: Pools, kind: Any, cp: int, model: str)
         assert distance(want["grads"], got["grads"]) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("zero", "kind", "processes"), [(0, "ring", 2), (1, "ulysses", 4), (1, "ring", 4), (3, "ring", 2)]
-)
-def test_training_equals_one_process(pool: Pools, zero: int, kind: Any, processes: int) -> None:
-    """cp=2, beside dp=2 where there are four: three clipped steps on packs of down to one token, 1e-5 throughout."""
-    want, *_ = pool(1).run(cp_cases.train, zero, 1, kind)
-    for got in pool(processes).run(cp_cases.train, zero, 2, kind):
+LAYOUTS = [
+    (2, 0, ParallelConfig(cp=2)),
+    (4, 1, ParallelConfig(cp=2, context="ulysses")),
+    (4, 1, ParallelConfig(cp=2)),
+    (2, 3, ParallelConfig(cp=2)),
+    (4, 1, ParallelConfig(cp=2, tp=2, sequence_parallel=True)),
+    (4, 1, ParallelConfig(cp=2, tp=2, sequence_parallel=True, context="ulysses")),
+]
+
+
+@pytest.mark.parametrize(("processes", "zero", "layout"), LAYOUTS)
+def test_training_equals_one_process(pool: Pools, processes: int, zero: int, layout: ParallelConfig) -> None:
+    """With dp=2 or tp=2 where there are four: three clipped steps on packs of down to one token, 1e-5 throughout."""
+    want, *_ = pool(1).run(cp_cases.train, zero, ParallelConfig())
+    for got in pool(processes).run(cp_cases.train, zero, layout):
         assert relative(want["norm"], got["norm"]) <= 1e-5
         for one, other in zip(want["metrics"], got["metrics"], strict=True):
             assert one.keys() == other.keys()
