@@ -9,6 +9,7 @@
 | `answer/<rank>` | what the rank is doing                                     |
 | `page`          | the rank that prints, and the page                         |
 | `printed`       | that it is on the terminal: all may leave                  |
+| `off/<rank>`    | that the rank does; rank 0, which may keep the store, last |
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Verdict:
     """What is to be said at the end of a job, and by whom."""
 
     text: str
-    printer: int
+    answered: list[int]
+    """The ranks that are there; the first of them speaks."""
     failed: bool = False
     """Whether a rank failed and has said why itself, so that there is nothing to find out."""
 
@@ -152,6 +154,8 @@ class Board:
         state = self._state(rank)
         if state is not None:
             return state == ""
+        if self.deaf or rank not in self.others:
+            return False
         beat, now = self._read(f"beat/{rank}") or "", time.monotonic()
         before, since = self.beats.get(rank, (None, now))
         if beat != before:
@@ -184,16 +188,19 @@ class Board:
         if said is None:
             nobody = f"could not be asked: the store on {_store_host(self.store)} does not answer"
             others = {rank: nobody for rank in range(self.world) if rank != self.rank}
-            return Verdict(page(why, {self.rank: mine}, others), self.rank)
+            return Verdict(page(why, {self.rank: mine}, others), [self.rank])
         return Verdict(**json.loads(said))
 
     def printed(self) -> None:
         """The page is on the terminal."""
         self._put("printed", "1")
 
-    def wait_printed(self) -> None:
-        """Wait for that, as nobody can print once the launcher ends the job."""
+    def go(self, verdict: Verdict) -> None:
+        """Wait until this rank may leave: when the page is printed, and for rank 0 when the others have read it."""
         self._wait_for("printed", STORE_S)
+        self._put(f"off/{self.rank}", "1")
+        for rank in verdict.answered if self.rank == 0 else ():
+            self._wait_for(f"off/{rank}", STORE_S)
 
     def _wait_for(self, key: str, seconds: float) -> str | None:
         until = time.monotonic() + seconds
@@ -202,7 +209,7 @@ class Board:
         return said
 
     def _collect(self, why: str, patience_s: float) -> Verdict:
-        """The page of what all ranks answer, for the first of them to print."""
+        """The page of what all ranks answer."""
         until = time.monotonic() + patience_s
         answers: dict[int, Doing] = {}
         absent: dict[int, str] = {}
@@ -220,12 +227,15 @@ class Board:
         for rank in open_:
             if self._state(rank):  # on this machine and deaf to us, so also to its launcher's SIGTERM
                 os.kill(self.others[rank].pid, signal.SIGKILL)
+        there = sorted(answers)
         failed = {rank: self.left(rank) for rank in absent if self.left(rank)}
         if failed:
+            while time.monotonic() < until and any(self._state(rank) for rank in failed):
+                time.sleep(0.05)  # a launcher takes the first that ends for the cause
             ranks = "; ".join(f"rank {rank} failed: {error}" for rank, error in failed.items())
-            return Verdict(f"stopped, because {ranks}", min(answers), failed=True)
+            return Verdict(f"stopped, because {ranks}", there, failed=True)
         dead = [rank for rank in absent if self._state(rank) == ""]
-        return Verdict(page(f"rank {dead[0]} is gone." if dead else why, answers, absent), min(answers))
+        return Verdict(page(f"rank {dead[0]} is gone." if dead else why, answers, absent), there)
 
     def _why_absent(self, rank: int) -> str:
         left, state, process = self.left(rank), self._state(rank), self.others.get(rank)

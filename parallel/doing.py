@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,11 @@ DTYPES = {
 }
 """The flight recorder's names of types: ours, and the bytes of an element."""
 
-MESSAGES = ("send", "recv", "recvanysource")
+MESSAGES = ("send", "recv", "recv and send", "recvanysource")
+
+CODE_CACHE = "torch._inductor.codecache"
+"""torch imports this to name the lines in its recorder: seconds that a job in trouble may not have. Only where it is
+there already are the lines asked for. Else the stacks tell them, of all but collectives that were started before."""
 
 GroupNames = Mapping[str, tuple[str, list[int]]]
 """torch's name of a process group -> (name of the axis, its ranks)."""
@@ -93,14 +98,23 @@ def doing(rank: int, host: str, names: GroupNames, lost: BaseException | None = 
         names: the groups that have a name of ours.
         lost: what was raised when a connection broke; then this tells where the rank had waited.
     """
-    frames = stacks.raised_in(lost) if lost else stacks.main_thread()
+    threads = [stacks.raised_in(lost)] if lost else stacks.threads()
+    waits = [wait for frames in threads if (wait := waiting_in(frames, names))]
     calls, last, called = recorded(names)
-    if not calls and (waiting := waiting_in(frames, names)):
-        if lost and last and waiting.kind not in MESSAGES:  # a broken collective counts as ended there
-            waiting = replace(last, where=waiting.where)
-        calls = [waiting]
+    if lost and last and not calls and any(wait.kind not in MESSAGES for wait in waits):
+        calls = [last]  # to the flight recorder, a collective that broke has ended
+    calls = [_placed(call, waits) for call in calls] + [wait for wait in waits if wait.kind in MESSAGES]
+    if not calls:
+        calls = waits[:1]
     before = f"{last.title()}, called {last.seconds:.1f} s ago" if last else ""
-    return Doing(rank, host, os.getpid(), calls, stacks.lines(frames), before, called, _said(lost) if lost else "")
+    said = _said(lost) if lost else ""
+    return Doing(rank, host, os.getpid(), calls, stacks.lines(threads[0]), before, called, said)
+
+
+def _placed(call: Call, waits: list[Call]) -> Call:
+    """A recorded collective with what the stack knows better: its name in Python, and where it was called."""
+    same = [wait for wait in waits if (wait.group, wait.ranks) == (call.group, call.ranks)]
+    return replace(call, kind=same[0].kind, where=same[0].where) if same and not call.where else call
 
 
 def _said(error: BaseException) -> str:
@@ -132,7 +146,7 @@ def recorded(names: GroupNames) -> tuple[list[Call], Call | None, dict[str, int]
     now, waiting, called = time.time_ns(), [], {}
     last: Call | None = None
     for dump in _dumps():
-        for entry in pickle.loads(dump(True, True, False)).get("entries", []):
+        for entry in pickle.loads(dump(True, CODE_CACHE in sys.modules, False)).get("entries", []):
             call = _call(entry, now, names)
             group = group_words(call.group, call.ranks)
             called[group] = max(entry["collective_seq_id"], called.get(group, 0))

@@ -26,6 +26,13 @@ def main_thread() -> Frames:
     return list(_outwards(sys._current_frames().get(threading.main_thread().ident or 0)))
 
 
+def threads() -> list[Frames]:
+    """The stacks of all threads but the one that asks, the main one first."""
+    found, main = sys._current_frames(), threading.main_thread().ident
+    asking = threading.get_ident()
+    return [list(_outwards(found[i])) for i in sorted(found, key=lambda i: i != main) if i != asking]
+
+
 def raised_in(error: BaseException) -> Frames:
     """The stack an error came from."""
     found, at = [], error.__traceback__

@@ -19,6 +19,8 @@ import os
 import re
 import select
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -91,9 +93,8 @@ class Watch:
         self.pulse = Pulse(timeout_s)
         self.broken: BaseException | None = None
         self.closing = False
-        self.woken, self.wake = os.pipe()
-        os.set_blocking(self.wake, False)
-        self.previous = _signals_to(self.wake)
+        self.woken, self.wake = _doorbell()
+        self.previous = _signals_to(self.wake.fileno())
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
 
@@ -102,28 +103,28 @@ class Watch:
     def broke(self, error: BaseException) -> None:
         """A connection broke in the main thread: the job ends, and with it this call."""
         self.broken = error
-        os.write(self.wake, WAKE)
+        self.wake.send(WAKE)
         self.thread.join()
 
     def leave(self, why: str) -> None:
         """This rank goes its own way from here; `why` says what failed, empty where nothing did."""
         self.closing = True
-        os.write(self.wake, WAKE)
+        self.wake.send(WAKE)
         self.thread.join()
         _signals_back(self.previous)
         self.board.leave(why.splitlines()[0] if why else "")
-        os.close(self.woken)
-        os.close(self.wake)
+        self.woken.close()
+        self.wake.close()
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
             ready, *_ = select.select([self.woken], [], [], self.every_s)
-            signals = os.read(self.woken, 64) if ready else b""
+            rung = _who_rang(self.woken) if ready else b""
             if self.closing:
                 return
-            if signal.SIGTERM in signals:
+            if signal.SIGTERM in rung:
                 self._terminated()
             why = self._trouble()
             if why:
@@ -149,10 +150,10 @@ class Watch:
         return waiting_in(stacks.main_thread(), self.names) is not None
 
     def _neighbour_gone(self) -> str:
-        """Each rank looks after the next one that has not come to its end."""
+        """Each rank looks after the next one that has not come to its end. Without the store, that cannot be known."""
         while self.neighbour != self.rank and (left := self.board.left(self.neighbour)) == "":
             self.neighbour = (self.neighbour + 1) % self.world
-        if self.neighbour == self.rank:
+        if self.neighbour == self.rank or self.board.deaf:
             return ""
         gone = self.board.gone(self.neighbour, FAILED_S if left else self.timeout_s)
         return f"rank {self.neighbour} is gone." if gone else ""
@@ -161,22 +162,25 @@ class Watch:
         """SIGTERM: from a user, or from a launcher because a rank died. Only the second is worth a page."""
         until = time.monotonic() + TERM_S
         while time.monotonic() < until:
-            gone = [r for r in range(self.world) if self.board.left(r) != "" and self.board.gone(r, float("inf"))]
+            gone = self._all_gone()
             why = f"rank {gone[0]} is gone." if gone else self._trouble()
             if why:
                 self._stop(why)
             time.sleep(0.1)
         os._exit(EXIT_TERMINATED)
 
+    def _all_gone(self) -> list[int]:
+        gone = [r for r in range(self.world) if self.board.left(r) != "" and self.board.gone(r, float("inf"))]
+        return [] if self.board.deaf else gone
+
     def _stop(self, why: str) -> NoReturn:
         """Answer, see to it that the page is printed once, and leave."""
         mine = doing(self.rank, self.board.process.host, self.names, self.broken)
-        verdict = self.board.agree(why, mine, patience_s=2 * self.every_s + 2.0)
-        if verdict.printer == self.rank:
+        verdict = self.board.agree(why, mine, patience_s=2 * self.every_s + 4.0)
+        if verdict.answered[0] == self.rank:
             print(f"\n{verdict.text}\n", file=sys.stderr, flush=True)
             self.board.printed()
-        else:
-            self.board.wait_printed()
+        self.board.go(verdict)
         os._exit(1 if verdict.failed else EXIT_LOST)
 
 
@@ -235,18 +239,48 @@ def _named(groups: Groups) -> tuple[GroupNames, list[Any]]:
     return names, list(found.values())
 
 
-def _term_noted(*_: Any) -> None:
-    """The signal is in the pipe; the thread decides."""
+CREDENTIALS = struct.Struct("iII")
+"""Process, user and group of who sent a message; Linux tells them."""
+
+
+def _doorbell() -> tuple[socket.socket, socket.socket]:
+    """Two ends: the thread sleeps on the first, the second wakes it."""
+    woken, wake = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    wake.setblocking(False)
+    if hasattr(socket, "SO_PASSCRED"):
+        woken.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return woken, wake
+
+
+def _who_rang(woken: socket.socket) -> bytes:
+    """The signals that came. A forked process shares the other end for a moment; what came to it does not count."""
+    said, extra, *_ = woken.recvmsg(64, socket.CMSG_SPACE(CREDENTIALS.size))
+    for _, _, sender in extra:
+        if CREDENTIALS.unpack(sender)[0] != os.getpid():
+            return b""
+    return said
+
+
+class _TermNoted:
+    """SIGTERM's handler: the thread has been woken, and decides. In a forked process it ends that one."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def __call__(self, *_: Any) -> None:
+        if os.getpid() != self.process:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _signals_to(wake: int) -> int | None:
-    """Have SIGTERM write into a pipe instead of ending the process at once; the write end that was there before.
+    """Have SIGTERM wake the thread instead of ending the process at once; what it woke before.
 
     Where the program has a handler of its own, or this is not the main thread, nothing is changed (None).
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         return None
-    signal.signal(signal.SIGTERM, _term_noted)
+    signal.signal(signal.SIGTERM, _TermNoted())
     return signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
 
@@ -256,10 +290,10 @@ def _signals_back(previous: int | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _signals_of_a_child() -> None:
-    """A forked process ends on SIGTERM, and does not write into its parent's pipe."""
-    if signal.getsignal(signal.SIGTERM) is _term_noted:
-        _signals_back(-1)
+def _leave_parent_asleep() -> None:
+    """In a forked process: its signals wake it alone."""
+    if isinstance(signal.getsignal(signal.SIGTERM), _TermNoted):
+        signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_signals_of_a_child)
+os.register_at_fork(after_in_child=_leave_parent_asleep)

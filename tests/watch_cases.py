@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from parallel.config import ParallelConfig
 from parallel.groups import Groups, LauncherRanks, build_groups
 from parallel.watch import watching
+from tests.cases import here
 from trainer.failure import told_clearly
 
 
@@ -25,7 +27,7 @@ def sleeper(groups: Groups) -> None:
     """The last rank sleeps outside any collective."""
     step(groups)
     if groups.rank == groups.world - 1:
-        time.sleep(1000)
+        time.sleep(999)
     step(groups)
 
 
@@ -44,7 +46,15 @@ def killed_first(groups: Groups) -> None:
     time.sleep(0.5)
     if groups.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1000)
+    time.sleep(1000)  # nobody waits
+
+
+def killed_host(groups: Groups) -> None:
+    """Rank 0 is killed, and with it the store if no launcher keeps it."""
+    step(groups)
+    if groups.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(groups)
 
 
 def stopped(groups: Groups) -> None:
@@ -99,7 +109,7 @@ def overlapped(groups: Groups) -> None:
     if groups.rank == 0:
         work = dist.all_reduce(torch.ones(11), async_op=True)
         assert work is not None
-        work.wait()
+        work.wait()  # for the one started before
     time.sleep(1000)
 
 
@@ -128,6 +138,35 @@ def slow_but_alive(groups: Groups) -> None:
     dist.barrier()
 
 
+def entered_and_left() -> tuple[set[str], set[str], set[str], int]:
+    """In a pool: names of the threads before, in and after a watch, and how a forked child ends that gets SIGTERM.
+
+    Python itself may lose a signal that comes to a child before it has taken its first breath, so that the first child
+    is only there to be mistaken for this process.
+    """
+    groups = here()
+
+    def threads() -> set[str]:
+        return {thread.name for thread in threading.enumerate()}
+
+    before = threads()
+    for _ in range(2):
+        with watching(groups, 60.0):
+            inside = threads()
+            codes = []
+            for seconds in (0.0, 0.3):
+                child = os.fork()
+                if not child:
+                    time.sleep(3)
+                    os._exit(0)
+                time.sleep(seconds)
+                os.kill(child, signal.SIGTERM)
+                time.sleep(0.2)  # what the child's signal may have woken in this process
+                codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    groups.barrier()
+    return before, inside, threads(), codes[1]
+
+
 def main() -> None:
     """Run the case of the command line on groups of two by two where there are four ranks."""
     ranks = LauncherRanks.read()
@@ -136,6 +175,7 @@ def main() -> None:
     with told_clearly(ranks.rank):
         groups = build_groups(ranks, 60, layout)
         dist.barrier()
+        print(f"rank {ranks.rank} begins", flush=True)
         with watching(groups, float(sys.argv[2])):
             globals()[sys.argv[1]](groups)
         print(f"rank {ranks.rank} is done", flush=True)
