@@ -8,6 +8,7 @@ inputs.) The embedding is a look-up and counts nothing.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -87,31 +88,35 @@ def split_v(costs: Costs, ranks: int) -> tuple[int, ...]:
     layers = len(costs.layers)
     assert 2 * ranks <= layers, f"{layers} layers do not fill {2 * ranks} stages"
     before = _starting_sums(costs)
-    even = _even(layers, 2 * ranks)
-    edges = [0, *accumulate(even)]
-    stage = [before[b] - before[a] for a, b in pairwise(edges)]
-    bound = max(stage[r] + stage[-1 - r] for r in range(ranks)) * (1 + 1e-9)  # a cut no heavier than this exists
-    # From the outside in: best[first, stop] = what is left to cut, with the heaviest rank, squares and cuts outside.
-    best: dict[tuple[int, int], tuple[float, float, tuple[tuple[int, int], ...]]] = {(0, layers): (0.0, 0.0, ())}
-    for rank in range(ranks):
-        found: dict[tuple[int, int], tuple[float, float, tuple[tuple[int, int], ...]]] = {}
-        inner = 2 * (ranks - rank - 1)
-        for (first, stop), (top, squares, cuts) in best.items():
+    bound = _heaviest_of_some_v(before, ranks) * (1 + 1e-9)
+    # From the outside in: best[first, stop] of what is left to cut = heaviest rank and sum of squares outside.
+    best, steps = {(0, layers): (0.0, 0.0)}, []
+    for inner in range(2 * (ranks - 1), -1, -2):
+        found: dict[tuple[int, int], tuple[float, float]] = {}
+        came: dict[tuple[int, int], tuple[int, int]] = {}
+        for (first, stop), (top, squares) in best.items():
             for a in range(first + 1, stop - inner):
                 front = before[a] - before[first]
                 if front > bound:
                     break
-                for b in range(stop - 1, a + inner - 1, -1) if inner else (a,):
+                # What is left must fit the inner ranks; at least a layer each, and nothing if there are none.
+                most = bisect_right(before, before[a] + bound * inner / 2) - 1 if inner else a
+                for b in range(min(stop - 1, most), a + inner - 1, -1):
                     back = before[stop] - before[b]
                     if front + back > bound:
                         break
-                    if before[b] - before[a] > bound * inner / 2:
-                        continue
-                    option = (max(top, front + back), squares + front**2 + back**2, (*cuts, (a - first, stop - b)))
-                    found[a, b] = min(found.get((a, b), option), option)
+                    option = (max(top, front + back), squares + front * front + back * back)
+                    if (a, b) not in found or option < found[a, b]:
+                        found[a, b], came[a, b] = option, (first, stop)
         best = found
-    _, _, cuts = min(best.values())
-    return (*(front for front, _ in cuts), *(back for _, back in reversed(cuts)))
+        steps.append(came)
+    at, fronts, backs = min(best, key=best.__getitem__), [], []
+    for came in reversed(steps):
+        first, stop = came[at]
+        fronts.append(at[0] - first)
+        backs.append(stop - at[1])
+        at = first, stop
+    return (*reversed(fronts), *backs)
 
 
 def _starting_sums(costs: Costs) -> list[float]:
@@ -121,8 +126,30 @@ def _starting_sums(costs: Costs) -> list[float]:
     return sums
 
 
-def _even(layers: int, stages: int) -> list[int]:
-    return [layers * (s + 1) // stages - layers * s // stages for s in range(stages)]
+def _heaviest_of_some_v(before: list[float], ranks: int) -> float:
+    """The heaviest rank of a good cut, so that the search for the best one leaves out whatever is heavier."""
+    low, high = before[-1] / ranks * (1 - 1e-6), before[-1]  # no cut is heavier than everything
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fits_v(before, ranks, middle) else (middle, high)
+    return high
+
+
+def _fits_v(before: list[float], ranks: int, bound: float) -> bool:
+    """Whether taking as much as fits from the back, for every share of the front, finds a cut within `bound`."""
+    left = {0: len(before) - 1}  # first layer left -> the end of what is left
+    for inner in range(2 * (ranks - 1), -1, -2):
+        found: dict[int, int] = {}
+        for first, stop in left.items():
+            for a in range(first + 1, stop - inner):
+                front = before[a] - before[first]
+                if front > bound:
+                    break
+                b = max(bisect_left(before, before[stop] - (bound - front)), a + inner)
+                if b < stop and (inner or b == a):
+                    found[a] = min(found.get(a, b), b)
+        left = found
+    return bool(left)
 
 
 def stage_layers(cfg: ModelConfig, layout: ParallelConfig, row_length: int, trained: Trained | None) -> tuple[int, ...]:

@@ -8,11 +8,11 @@ packed micro-batches have different lengths. Since all ranks know all lengths, a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
+from operator import or_
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from parallel.config import ParallelConfig
 from parallel.later import Later
 from parallel.schedules import Name, stage_ids
 from parallel.sharding import Axis
+from parallel.step_clock import StepClock, StepTime
 from parallel.torch_schedules import ForwardOnly, training_schedule
 
 Forward = Callable[[Any, Any, float], tuple[torch.Tensor, Any]]
@@ -33,68 +34,79 @@ EVAL_WINDOW = 16
 """Micro-batches of one forward-only pass: bounds what is kept for sending."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Step:
     """What the stages of this rank work on."""
 
-    micro_batches: Sequence[Any] = ()
-    rows: Sequence[int] = ()
+    micro_batches: Sequence[Any]
+    rows: Sequence[int]
     """Rows of the hidden states of each micro-batch."""
-    forward: Forward | None = None
-    weight: float = 1.0
+    forward: Forward
+    weight: float
+    clock: StepClock
     metrics: dict[int, Any] = field(default_factory=dict)
-    busy_s: float = 0.0
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Seconds a rank computed in a step, and seconds the step took on it."""
+class _Wire:
+    """What runs between two stages: hidden states [R, width], and back their gradients if a part before is trained."""
 
-    busy_s: float
-    wall_s: float
+    width: int
+    dtype: torch.dtype
+    has_grad: bool
 
+    def slot(self, rows: int, source: int) -> _RecvInfo:
+        """A place to receive into, without its buffer."""
+        meta = _TensorMeta(torch.Size((rows, self.width)), (self.width, 1), self.dtype, self.has_grad)
+        return _RecvInfo(f"hidden from stage {source}", source, None, meta)
 
-def idle_share(times: Sequence[StepTime]) -> float:
-    """Share of the step the ranks of a pipeline waited, from the times of all of them; they began together."""
-    return 1.0 - sum(t.busy_s for t in times) / (len(times) * max(t.wall_s for t in times))
+    def example(self) -> torch.Tensor:
+        """A row without memory, for torch's bookkeeping, which would otherwise run the model to see one."""
+        return torch.empty(1, self.width, dtype=self.dtype, device="meta", requires_grad=self.has_grad)
 
 
 class _Stage(PipelineStage):
-    """One chunk of the model as torch's schedules see it."""
+    """One chunk of the model as torch's schedules see it. There is no wire before the first nor behind the last."""
 
     def __init__(
-        self, chunk: nn.Module, index: int, count: int, width: int, dtype: torch.dtype, device: torch.device, pp: Axis
+        self,
+        chunk: nn.Module,
+        index: int,
+        count: int,
+        before: _Wire | None,
+        behind: _Wire | None,
+        device: torch.device,
+        pp: Axis,
     ) -> None:
-        # Static shapes for torch's bookkeeping only (it would infer them by running the model); see `begin`.
-        hidden = torch.empty(1, width, dtype=dtype, device="meta", requires_grad=True)
-        loss = torch.empty((), device="meta")
         self.later = Later(chunk.parameters())
         super().__init__(
             chunk,
             index,
             count,
             device,
-            input_args=() if index == 0 else hidden,
-            output_args=loss if index == count - 1 else hidden,
+            input_args=before.example() if before else (),
+            output_args=behind.example() if behind else torch.empty((), device="meta"),
             group=pp.group,
             dw_builder=self.later.take,
         )
-        self.width, self.dtype = width, dtype
-        self.step = _Step()
+        self.before, self.behind = before, behind
+        self.step: _Step | None = None
 
     def begin(self, step: _Step, has_backward: bool) -> None:
-        """Get ready for these micro-batches; nothing is left of the step before."""
-        assert not self.dw_runner, "the step before left weight gradients undone"
+        """Get ready for these micro-batches."""
+        self.step, self.has_backward, self.chunks = step, has_backward, len(step.rows)
+        for number, rows in enumerate(step.rows):
+            self.args_recv_info[number] = (self.before.slot(rows, self.stage_index - 1),) if self.before else ()
+            self.grad_recv_info[number] = (self.behind.slot(rows, self.stage_index + 1),) if self.behind else ()
+
+    def end(self) -> None:
+        """Keep nothing of the step."""
+        assert not self.dw_runner, "weight gradients were left undone"
         self.clear_runtime_states()
         self.bwd_cache.clear()
-        self.step, self.has_backward, self.chunks = step, has_backward, len(step.rows)
-        inputs = [() if self.is_first else (self._slot(rows, self.stage_index - 1),) for rows in step.rows]
-        grads = [() if self.is_last else (self._slot(rows, self.stage_index + 1),) for rows in step.rows]
-        self.args_recv_info, self.grad_recv_info = dict(enumerate(inputs)), dict(enumerate(grads))
-
-    def _slot(self, rows: int, source: int) -> _RecvInfo:
-        meta = _TensorMeta(torch.Size((rows, self.width)), (self.width, 1), self.dtype, requires_grad=True)
-        return _RecvInfo(f"hidden from stage {source}", source, None, meta)
+        self.args_recv_info.clear()
+        self.grad_recv_info.clear()
+        self.step = None
 
     # Torch prepares equal buffers for all micro-batches at the first step; ours are made when they are received into.
 
@@ -109,32 +121,39 @@ class _Stage(PipelineStage):
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """What to receive before a backward."""
-        if self.has_backward:
-            self._make_buffers(self.grad_recv_info[bwd_chunk_id])
+        if not self.has_backward or not self._gets_gradient:
+            return []
+        self._make_buffers(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def _make_buffers(self, slots: tuple[_RecvInfo, ...]) -> None:
         for slot in slots:
             assert slot.tensor_meta is not None
-            slot.buffer = torch.empty(slot.tensor_meta.shape, dtype=self.dtype, device=self.device)
+            slot.buffer = torch.empty(slot.tensor_meta.shape, dtype=slot.tensor_meta.dtype, device=self.device)
 
     def forward_maybe_with_nosync(self, *hidden: torch.Tensor, number: int) -> torch.Tensor:
         """The chunk's part of micro-batch `number`: hidden states [R, D], or the loss from the last stage."""
-        step, batch = self.step, self.step.micro_batches[number]
+        step = self._working_on
+        batch = step.micro_batches[number]
         given = {"hidden_RD": hidden[0]} if hidden else {}
-        if self.is_last:
-            assert step.forward is not None
+        if self.behind is None:
             out, step.metrics[number] = step.forward(partial(self.submod, **given), batch, step.weight)
             return out
         out = self.submod(**batch.inputs, **given)
         sent = (tuple(out.shape), out.dtype)
-        assert sent == ((step.rows[number], self.width), self.dtype), f"{sent} is not what the next stage waits for"
+        expected = ((step.rows[number], self.behind.width), self.behind.dtype)
+        assert sent == expected, f"stage {self.stage_index} sends {sent} where the next one waits for {expected}"
         return out
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one micro-batch."""
-        with self._busy():
-            out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        try:
+            with self._working_on.clock.busy():
+                out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        except RuntimeError as error:  # torch wraps whatever goes wrong; a ValueError is the user's and stays one
+            if isinstance(error.__cause__, ValueError):
+                raise error.__cause__ from None
+            raise
         if not self.has_backward:
             self.args_recv_info[fwd_chunk_id] = ()
             self.fwd_cache = {fwd_chunk_id: self.fwd_cache[fwd_chunk_id]}  # for the send; no backward will take it
@@ -144,24 +163,31 @@ class _Stage(PipelineStage):
         self, bwd_chunk_id: int, loss: torch.Tensor | None = None, full_backward: bool = True, **kwargs: Any
     ) -> None:
         """Backward of one micro-batch; unless it is full, weight gradients wait for `backward_weight_one_chunk`."""
-        if not self.has_backward:
-            return
-        with self._busy(), self.later.deferring(not full_backward):
-            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, **kwargs)
+        if not self._gets_gradient:  # nothing is trained up to here
+            self.fwd_cache.pop(bwd_chunk_id)
+            self.bwd_cache[bwd_chunk_id] = (None,) if self.before else ()
+            if not full_backward:
+                self.dw_runner[bwd_chunk_id] = self.later.take()
+        else:
+            with self._working_on.clock.busy(), self.later.deferring(not full_backward):
+                super().backward_one_chunk(bwd_chunk_id, loss, full_backward, **kwargs)
         # The received buffers are no longer needed; torch would keep them all.
         for slot in (*self.args_recv_info[bwd_chunk_id], *self.grad_recv_info[bwd_chunk_id]):
             slot.buffer = None
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The weight gradients of one micro-batch that its backward put off."""
-        with self._busy():
+        with self._working_on.clock.busy():
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
-    @contextmanager
-    def _busy(self) -> Any:
-        start = time.perf_counter()
-        yield
-        self.step.busy_s += time.perf_counter() - start
+    @property
+    def _gets_gradient(self) -> bool:
+        return self.behind is None or self.behind.has_grad
+
+    @property
+    def _working_on(self) -> _Step:
+        assert self.step is not None, "a stage works within `train` or `evaluate`"
+        return self.step
 
 
 class Pipeline:
@@ -193,13 +219,16 @@ class Pipeline:
         count = pp.size * layout.stages_per_rank
         self.schedule: Name = layout.schedule
         self.row_ranks = layout.tp if layout.sequence_parallel else 1
+        passes = _passes_gradient(dict(zip(ids, chunks, strict=True)), pp)
+        # wires[s] comes before stage s
+        wires = [None, *(_Wire(width, dtype, has_grad) for has_grad in passes[:-1]), None]
         self.stages = [
-            _Stage(chunk, index, count, width, dtype, device, pp) for chunk, index in zip(chunks, ids, strict=True)
+            _Stage(chunk, index, count, wires[index], wires[index + 1], device, pp)
+            for chunk, index in zip(chunks, ids, strict=True)
         ]
         self.has_last = count - 1 in ids
         """Whether the loss and its metrics are made here."""
-        self.last_step = StepTime(0.0, 0.0)
-        """Times of the last `train`."""
+        self._clock: StepClock | None = None
         self._built: dict[tuple[int, bool], Any] = {}
 
     def train(self, micro_batches: Sequence[Any], forward: Forward, weight: float) -> list[Any]:
@@ -223,18 +252,24 @@ class Pipeline:
                 found += self._run(micro_batches[start : start + EVAL_WINDOW], forward, 1.0, False)
         return found
 
+    def last_step(self) -> StepTime:
+        """How long this rank computed in the last `train`, and how long that took; on a GPU, waits for it to end."""
+        assert self._clock is not None, "nothing was trained yet"
+        return self._clock.read()
+
     def _run(self, micro_batches: Sequence[Any], forward: Forward, weight: float, train: bool) -> list[Any]:
-        start, count = time.perf_counter(), len(micro_batches)
-        step = _Step(micro_batches, [self._rows(batch) for batch in micro_batches], forward, weight)
+        count, clock = len(micro_batches), StepClock(self.stages[0].device)
+        step = _Step(micro_batches, [self._rows(batch) for batch in micro_batches], forward, weight, clock)
         for stage in self.stages:
             stage.begin(step, train)
         schedule = self._schedule(count, train)
         numbers = [{"number": i} for i in range(count)]
         schedule._step_microbatches(kwarg_mbs=numbers, target_mbs=[None] * count, return_outputs=False)
         for stage in self.stages:
-            stage.step = _Step()
+            stage.end()
+        clock.stop()
         if train:
-            self.last_step = StepTime(step.busy_s, time.perf_counter() - start)
+            self._clock = clock
         return [step.metrics[i] for i in range(count)] if self.has_last else []
 
     def _rows(self, micro_batch: Any) -> int:
@@ -251,6 +286,15 @@ class Pipeline:
             )
             self._built[count, train] = made
         return self._built[count, train]
+
+
+def _passes_gradient(chunks: Mapping[int, nn.Module], pp: Axis) -> list[bool]:
+    """For each stage of the pipeline, whether it or any before it trains something."""
+    mine = {stage: any(p.requires_grad for p in chunk.parameters()) for stage, chunk in chunks.items()}
+    everyone: list[Any] = [None] * pp.size
+    dist.all_gather_object(everyone, mine, group=pp.group)
+    trains = {stage: trained for rank in everyone for stage, trained in rank.items()}
+    return list(accumulate((trains[stage] for stage in sorted(trains)), or_))
 
 
 def _identity(loss: torch.Tensor, _: None) -> torch.Tensor:

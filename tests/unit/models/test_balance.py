@@ -1,0 +1,114 @@
+"""Cuts of layers into stages against every possible cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.balance import Costs, Trained, chunks_of, costs_of, split_layers, split_v
+from models.config import MoEConfig
+from models.flops import step_flops
+from parallel.config import ParallelConfig
+from tests.cases import TINY
+
+
+def every_cut(layers: int, stages: int) -> list[tuple[int, ...]]:
+    borders = itertools.combinations(range(1, layers), stages - 1)
+    return [tuple(b - a for a, b in itertools.pairwise((0, *inner, layers))) for inner in borders]
+
+
+def stage_costs(costs: Costs, cut: tuple[int, ...]) -> list[float]:
+    edges = [0, *itertools.accumulate(cut)]
+    return [costs.stage(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def rank_costs(costs: Costs, cut: tuple[int, ...]) -> list[float]:
+    stages = stage_costs(costs, cut)
+    return [stages[r] + stages[-1 - r] for r in range(len(stages) // 2)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_heaviest_is_the_lightest_of_all_cuts(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    layers = int(random.integers(4, 11))
+    costs = Costs(tuple(random.choice([1.0, 2.0, 5.0], layers) * random.random(layers)), float(random.random() * 6))
+    stages = int(random.integers(1, layers + 1))
+    best = min(max(stage_costs(costs, cut)) for cut in every_cut(layers, stages))
+    got = split_layers(costs, stages)
+    assert sum(got) == layers and min(got) > 0 and len(got) == stages
+    assert max(stage_costs(costs, got)) == pytest.approx(best, rel=1e-12)
+    ranks = int(random.integers(1, layers // 2 + 1))
+    best = min(max(rank_costs(costs, cut)) for cut in every_cut(layers, 2 * ranks))
+    got = split_v(costs, ranks)
+    assert sum(got) == layers and min(got) > 0 and len(got) == 2 * ranks
+    assert max(rank_costs(costs, got)) == pytest.approx(best, rel=1e-12)
+
+
+def test_equal_layers_are_cut_evenly_and_a_heavy_head_takes_layers_away() -> None:
+    assert split_layers(Costs((1.0,) * 8), 4) == (2, 2, 2, 2)
+    assert split_layers(Costs((1.0,) * 10, head=2.0), 4) == (3, 3, 3, 1)
+    assert split_v(Costs((1.0,) * 8), 2) == (2, 2, 2, 2)
+    assert sum(split_v(Costs((1.0,) * 10, head=2.0), 2)[i] for i in (0, 3)) == 4
+
+
+@pytest.mark.parametrize("v", [False, True])
+def test_large_models_are_cut_in_no_time(v: bool) -> None:
+    cfg = dataclasses.replace(TINY, num_layers=126, vocab_size=128_256, hidden_size=16_384, intermediate_size=53_248)
+    costs = costs_of(cfg, 4096)
+    start = time.process_time()
+    got = split_v(costs, 16) if v else split_layers(costs, 64)
+    assert time.process_time() - start < 3 and sum(got) == 126
+
+
+def test_costs_add_up_to_the_step() -> None:
+    moe = MoEConfig(num_experts=4, top_k=2, expert_size=16, first_dense=1)
+    for cfg in (
+        dataclasses.replace(TINY, num_layers=3, sliding_window=16, full_attention_layers=1),
+        dataclasses.replace(TINY, family="qwen3_moe", num_layers=3, moe=moe),
+    ):
+        costs = costs_of(cfg, 64)
+        assert sum(costs.layers) + costs.head == pytest.approx(step_flops(cfg, [64], 64))
+        assert costs.layers[0] != pytest.approx(costs.layers[1]) and costs.layers[1] == pytest.approx(costs.layers[2])
+
+
+def test_frozen_parts_count_less() -> None:
+    """A linear layer is three equal products; attention's backward has no weights and stays whole where it runs."""
+    cfg = dataclasses.replace(TINY, num_layers=4)
+    whole = costs_of(cfg, 64)
+    one = step_flops(dataclasses.replace(cfg, num_layers=1), [1] * 64, 0)  # a layer without its long attention
+    got = costs_of(cfg, 64, Trained((False, True, False, True), embedding=False, head=False))
+    assert got.layers[0] == pytest.approx(whole.layers[0] / 3)  # nothing before it is trained
+    assert got.layers[1] == pytest.approx(whole.layers[1])
+    assert got.layers[2] == pytest.approx(whole.layers[2] - one / 3)  # passes the gradient on
+    assert got.head == pytest.approx(whole.head * 2 / 3)
+    passed = costs_of(cfg, 64, Trained((False,) * 4))  # the embedding is trained
+    assert passed.layers[0] == pytest.approx(whole.layers[0] - one / 3)
+
+
+@pytest.mark.parametrize(("schedule", "vpp"), [("1f1b", 1), ("interleaved", 2), ("zbv", 2)])
+def test_chunks_of_all_ranks_are_the_model(schedule: Any, vpp: int) -> None:
+    cfg, layout = dataclasses.replace(TINY, num_layers=9), ParallelConfig(pp=2, schedule=schedule, vpp=vpp)
+    chunks = [chunk for rank in range(2) for chunk in chunks_of(cfg, layout, rank)]
+    assert sorted(i for c in chunks for i in range(c.first, c.stop)) == list(range(9))
+    assert [c.first for c in chunks if c.embeds] == [0] and [c.stop for c in chunks if c.heads] == [9]
+    assert all(c.stop > c.first for c in chunks)
+    last = 0 if schedule == "zbv" else 1
+    assert chunks_of(cfg, layout, last)[-1].heads and chunks_of(cfg, layout, 0)[0].embeds
+
+
+def test_by_hand_and_without_a_pipeline() -> None:
+    cfg = dataclasses.replace(TINY, num_layers=5)
+    by_hand = ParallelConfig(pp=2, stage_layers=(4, 1))
+    assert [(c.first, c.stop) for r in range(2) for c in chunks_of(cfg, by_hand, r)] == [(0, 4), (4, 5)]
+    (whole,) = chunks_of(cfg, ParallelConfig(), 0)
+    assert (whole.first, whole.stop, whole.embeds, whole.heads) == (0, 5, True, True)
+
+
+def test_more_stages_than_layers_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="do not fill"):
+        chunks_of(dataclasses.replace(TINY, num_layers=3), ParallelConfig(pp=4), 0)
