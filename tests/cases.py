@@ -137,12 +137,13 @@ def train(
     model: ModelConfig | None = None,
     rows: Rows = UNEVEN,
     eps: float = 1e-4,
+    lr: float = 1e-2,
 ) -> dict[str, Any]:
     """Train the tiny model; losses, norms, per-channel numbers, first-step gradients and final weights."""
     groups = here(layout)
     cfg = model or dataclasses.replace(TINY, tied_embeddings=tied)
     # A large eps keeps Adam from blowing rounding noise of vanishing gradients up to a whole step.
-    optim = OptimConfig(lr=1e-2, clip=clip, eps=eps)
+    optim = OptimConfig(lr=lr, clip=clip, eps=eps)
     engine_cfg = EngineConfig(zero=zero, precision=precision, recompute=recompute, offload_optimizer=offload)
     saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
     engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3), layout)

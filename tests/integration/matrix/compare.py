@@ -31,9 +31,10 @@ class Differences:
         return max(vars(self).values())
 
 
-ADAM_EPS = 1e-3
+ADAM = {"eps": 1e-3, "lr": 3e-3}
 """Gradients differ by 1e-7 to 1e-6 of the largest, the rounding of sums in another order. Adam divides by their size, so
-of a gradient near 0 the usual eps makes the rounding as large as a step; this one keeps it as small as it was."""
+of a gradient near 0 the usual eps makes the rounding as large as a step; this one keeps it as small as it was. The rate
+moves weights by a tenth of their size in a step; at 1e-2 the toy's gradient doubles within two steps, and 1e-6 becomes 1e-5."""
 
 
 class Matrix:
@@ -47,13 +48,13 @@ class Matrix:
         """The same training in one process."""
         key = (row.model, row.rows)
         if key not in self._references:
-            options = {"model": model_of(row.model), "rows": row.rows, "eps": ADAM_EPS}
+            options = {"model": model_of(row.model), "rows": row.rows, **ADAM}
             self._references[key] = self.pool(1).run(cases.train, 1, 8, **options)[0]
         return self._references[key]
 
     def compare(self, row: Row) -> Differences:
         """Four steps of the row on its processes, against one."""
-        options: dict[str, Any] = {"model": model_of(row.model), "rows": row.rows, "eps": ADAM_EPS}
+        options: dict[str, Any] = {"model": model_of(row.model), "rows": row.rows, **ADAM}
         pool = self.pool(row.processes)
         found = pool.run(cases.train, row.zero, row.micro_rows, layout=row.layout, recompute=row.recompute, **options)[
             0
