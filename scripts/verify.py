@@ -106,13 +106,14 @@ def _judged(tree: DictConfig, asked: int | None) -> tuple[RunConfig | None, int,
         tree.data.sources = []
     section: Any = OmegaConf.to_container(tree.parallel)
     parallel = typed.build(ParallelConfig, section, "parallel", [], {})
-    bad = parallel is None or parallel.problems()
-    world = asked or 1 if bad else processes_for(parallel, asked)
+    if parallel is None or parallel.problems():
+        parallel = ParallelConfig()  # its mistakes are told by the checks
+    world = processes_for(parallel, asked)
     cfg, problems = judge(tree, world)
     if cfg is not None:
         # Rows are made up to suit, so how many there are in a step is no matter here.
-        dp = max(1, world // max(1, cfg.parallel.model_ranks)) if not bad else 1
-        many = cfg.data.micro_batch_rows * dp * 8 * max(1, cfg.parallel.pp)
+        dp = max(1, world // parallel.model_ranks)
+        many = cfg.data.micro_batch_rows * dp * 8 * parallel.pp
         roomy = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, global_batch_rows=many))
         crossing = check(roomy, world, ANY_MACHINE)
         told = {problem.key for problem in crossing}

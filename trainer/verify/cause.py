@@ -54,13 +54,14 @@ def _of_forward(seen: Comparison, module: str) -> str:
     if factor is not None:
         return f"all values are {factor:.4g} times the right ones: a scale is applied twice, or on one side only."
     if module.endswith("attn") and _spares_first_documents(seen.reference, whole[module], pieces):
-        return "the first document of a micro-batch is right and later ones are not: documents see each other (the mask), or positions do not restart."
+        return (
+            "the first document of a micro-batch is right and later ones are not: documents see each other (the mask), "
+            "or positions do not restart."
+        )
     return _where(seen, module, whole[module], pieces)
 
 
-def _where(
-    seen: Comparison, module: str, whole: dict[int, torch.Tensor], pieces: Sequence[tuple[Record, Rows]]
-) -> str:
+def _where(seen: Comparison, module: str, whole: dict[int, torch.Tensor], pieces: Sequence[tuple[Record, Rows]]) -> str:
     """Which ranks are wrong, when not all are."""
     wrong = {rank.rank for rank, rows in pieces if not _close(rows.values, whole[rows.batch][rows.at], whole)}
     for axis in ("tp", "cp", "dp", "ep"):
@@ -78,9 +79,7 @@ def _close(values: torch.Tensor, expected: torch.Tensor, whole: dict[int, torch.
     return float((values - expected).abs().max()) <= TOLERANCE * size if values.numel() else True
 
 
-def _is_partial(
-    whole: dict[str, dict[int, torch.Tensor]], module: str, pieces: Sequence[tuple[Record, Rows]]
-) -> bool:
+def _is_partial(whole: dict[str, dict[int, torch.Tensor]], module: str, pieces: Sequence[tuple[Record, Rows]]) -> bool:
     """Whether the ranks' values sum up to the right ones. What a block adds to (its residual) is in each of them."""
     order = [name for name in whole if name not in INPUTS]
     before = order[order.index(module) - 1] if module != "embed" and module.startswith("layers.") else None
@@ -130,7 +129,9 @@ def _of_gradients(seen: Comparison, names: Sequence[str]) -> str:
         return _of_factor(factor, names, seen)
     partial = frozenset[str]().union(*(rank.partial for rank in seen.ranks))
     if set(names) <= partial:
-        return "only parameters of which each tp rank sees a part differ: the sum of their gradients over tp is missing."
+        return (
+            "only parameters of which each tp rank sees a part differ: the sum of their gradients over tp is missing."
+        )
     if set(names) == {"embed.weight"} and len(seen.ranks) > 1:
         return (
             "only the embedding differs: its gradient lacks what the last stage has of it (tied), or that of some rows."

@@ -93,7 +93,9 @@ def _forward(reference: Record, ranks: Sequence[Record]) -> list[Difference]:
         differences.append(worst)
     twice = _learnt_twice(ranks)
     if twice:
-        differences = [Difference("targets_T", float("inf"), twice) if d.name == "targets_T" else d for d in differences]
+        differences = [
+            Difference("targets_T", float("inf"), twice) if d.name == "targets_T" else d for d in differences
+        ]
     return differences
 
 
@@ -132,9 +134,7 @@ def _states(
             at, values = places_of(piece)
             whole = wholes[piece.name]
             seen[piece.name][at] = True
-            apart = (values.double() - whole[at].double()).abs() / max(
-                float(whole.abs().max()), floor * largest, 1e-12
-            )
+            apart = (values.double() - whole[at].double()).abs() / max(float(whole.abs().max()), floor * largest, 1e-12)
             if apart.numel():
                 worst[piece.name] = max(worst[piece.name], _no_nan(float(apart.max())))
                 width = max(torch.Size(piece.whole[1:]).numel(), 1)
@@ -222,7 +222,8 @@ def parts_touched(shard: Shard, names: Sequence[str], rows: Iterable[int]) -> li
 
 def _numbers(reference: Record, main: Record) -> list[Difference]:
     differences = []
-    for name in {**reference.numbers, **main.numbers}:
+    names = sorted({**reference.numbers, **main.numbers}, key=lambda name: name.startswith("eval/"))  # training first
+    for name in names:
         ours, theirs = main.numbers.get(name), reference.numbers.get(name)
         if ours is None or theirs is None:
             where = "told by one process, not here" if ours is None else "told here, not by one process"

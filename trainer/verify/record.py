@@ -18,6 +18,7 @@ from data.batch import MicroBatch
 from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.init import InitSource
+from models.routing import RouterBook
 from parallel.context import token_ranges
 from parallel.engine import Engine
 from parallel.groups import Groups
@@ -84,9 +85,7 @@ def record(cfg: RunConfig, groups: Groups) -> Record:
     """
     axes = {name: getattr(groups, name).rank for name in ("tp", "pp", "cp", "dp", "ep")}
     found = Record(groups.rank, axes)
-    engine = make_engine(
-        cfg.model, cfg.engine, cfg.optim, groups, UnevenSource(cfg.model, cfg.run.seed), cfg.parallel
-    )
+    engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, UnevenSource(cfg.model, cfg.run.seed), cfg.parallel)
     named = list(engine.named_parameters())
     found.names = tuple(name for name, _ in named)
     found.partial = frozenset(name for name, param in named if is_partial(param))
@@ -99,6 +98,7 @@ def record(cfg: RunConfig, groups: Groups) -> Record:
         groups=groups,
         engine=engine,
         stage=build_stage(cfg.stage, len(MadeUpRows.channels)),
+        routers=RouterBook(engine.chunks, len(MadeUpRows.channels)),
         data=made_up,
         log=log,
         flops=_no_flops,

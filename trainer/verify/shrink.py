@@ -40,7 +40,7 @@ def processes_for(parallel: ParallelConfig, asked: int | None = None) -> int:
 def _too_many(parallel: ParallelConfig, least: int) -> str:
     axes = {name: getattr(parallel, name) for name in ("tp", "pp", "cp", "ep") if getattr(parallel, name) > 1}
     shown = " ".join(f"parallel.{name}={size}" for name, size in axes.items())
-    small = {name: 2 for name in axes}
+    small = dict.fromkeys(axes, 2)
     for name in axes:  # give back as much of each size as fits
         for size in range(axes[name], 2, -1):
             trial = dataclasses.replace(parallel, **(small | {name: size}))
@@ -102,7 +102,7 @@ def shrunk(cfg: RunConfig, world: int) -> Small:
             decay_steps=0,
         ),
         log=dataclasses.replace(cfg.log, every=1),
-        run=dataclasses.replace(cfg.run, steps=STEPS, epochs=None, save_every=1, eval_every=0, hang_timeout=60.0),
+        run=dataclasses.replace(cfg.run, steps=STEPS, epochs=None, save_every=1, eval_every=0, hang_timeout=120.0),
         init_from=None,
     )
     return Small(small, world, tuple(_changes(cfg, small)))
@@ -203,15 +203,16 @@ def _experts(moe: MoEConfig, dense_size: int, feed_forward: int, parallel: Paral
     number = next(numbers, None)
     if number is None:
         number, top_k, groups, kept = moe.num_experts, moe.top_k, moe.groups, moe.groups_kept
-    same_size = moe.expert_size == dense_size
+    size = feed_forward if moe.expert_size == dense_size else min(moe.expert_size, _up(EXPERT, parallel.tp))
+    several, uneven = divmod(moe.shared_size, moe.expert_size)  # shared experts are one of their summed size
     return dataclasses.replace(
         moe,
         num_experts=number,
         top_k=top_k,
         groups=groups,
         groups_kept=kept,
-        expert_size=feed_forward if same_size else min(moe.expert_size, _up(EXPERT, parallel.tp)),
-        shared_size=min(moe.shared_size, _up(EXPERT + 16, parallel.tp)),
+        expert_size=size,
+        shared_size=min(moe.shared_size, _up(EXPERT + 16, parallel.tp)) if uneven else min(several, 2) * size,
         first_dense=dense,
         # Small factors would hide a mistake below the tolerance.
         bias_rate=max(moe.bias_rate, 0.01) if moe.bias_rate else 0.0,
