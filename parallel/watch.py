@@ -14,7 +14,6 @@ that page. One process alone has no thread.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import select
@@ -28,11 +27,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-
 from parallel import stacks
 from parallel.board import FAILED_S, Board
-from parallel.doing import GroupNames, doing, progress, waiting_in
+from parallel.doing import doing, progress, waiting_in
+from parallel.group_names import named_groups
 from parallel.groups import Groups
 
 EXIT_LOST = 3
@@ -87,7 +85,9 @@ class Watch:
     def __init__(self, groups: Groups, timeout_s: float):
         self.rank, self.world, self.timeout_s = groups.rank, groups.world, timeout_s
         self.every_s = max(0.05, min(1.0, timeout_s / 10))
-        self.names, self.groups = _named(groups)
+        named = named_groups(groups)
+        self.names = {key: (each.name, each.ranks) for key, each in named.items()}
+        self.groups = [each.group for each in named.values()]
         self.board = Board(groups.rank, groups.world)
         self.neighbour = (self.rank + 1) % self.world
         self.pulse = Pulse(timeout_s)
@@ -217,26 +217,6 @@ class Pulse:
         elif now - since > max(longest, self.timeout_s) and waits():
             longest = now - since
         return longest if longest > self.timeout_s else 0.0
-
-
-def _named(groups: Groups) -> tuple[GroupNames, list[Any]]:
-    """The axes by torch's names of their groups, and the groups."""
-    axes: dict[str, list[str]] = {}
-    world: Any = dist.group.WORLD
-    found: dict[str, Any] = {world.group_name: world}
-    for field in dataclasses.fields(groups):
-        group = getattr(getattr(groups, field.name), "group", None)
-        if group is not None:
-            axes.setdefault(group.group_name, []).append(field.name)
-            found[group.group_name] = group
-    names = {
-        name: (
-            "all" if group is world else "/".join(axes[name]),
-            sorted(dist.get_process_group_ranks(group)),
-        )
-        for name, group in found.items()
-    }
-    return names, list(found.values())
 
 
 CREDENTIALS = struct.Struct("iII")
