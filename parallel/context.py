@@ -1,8 +1,8 @@
 """Context parallel: which rank has which tokens of a micro-batch, and the collectives attention needs for it.
 
 Everything about sizes follows from one pure function, so no rank ever asks another how many tokens it has.
-Sources: Ulysses: Jacobs et al. 2023; ring: Liu et al. 2023; two-sided cut of a causal document: Brandon et al. 2023
-(striped), here in two chunks a rank as in Llama 3 (Grattafiori et al. 2024), but document by document.
+Sources: Ulysses: Jacobs et al. 2023; ring: Liu et al. 2023; even causal work by dealing out tokens from both ends:
+Brandon et al. 2023 (in stripes), Grattafiori et al. 2024 (Llama 3, two chunks a rank); here document by document.
 """
 
 from collections.abc import Sequence
