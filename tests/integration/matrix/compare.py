@@ -32,9 +32,10 @@ class Differences:
 
 
 ADAM = {"eps": 1e-3, "lr": 3e-3}
-"""Gradients differ by 1e-7 to 1e-6 of the largest, the rounding of sums in another order. Adam divides by their size, so
-of a gradient near 0 the usual eps makes the rounding as large as a step; this one keeps it as small as it was. The rate
-moves weights by a tenth of their size in a step; at 1e-2 the toy's gradient doubles within two steps, and 1e-6 becomes 1e-5."""
+"""Gradients differ by 1e-7 to 1e-6 of the largest, the rounding of sums in another order. Adam divides by their size,
+so of a gradient near 0 the usual eps makes the rounding as large as a step; this one keeps it as small as it was. The
+rate moves weights by a tenth of their size in a step; at 1e-2 the toy's gradient doubles within two steps, and 1e-6
+becomes 1e-5."""
 
 
 class Matrix:
