@@ -138,7 +138,7 @@ def tensor_parallel_terms(part: Part, micro: Micro, step: Step) -> list[Term]:
         Term("layers, backward", "all_reduce", "tp", 2 * part.layers * hidden),
         Term("layers made again", "all_reduce", "tp", step.again * part.layers * hidden),
         Term("embedding", "all_reduce", "tp", part.embeds * hidden),
-        *_router_terms(part, micro),
+        *_router_terms(part, micro, micro.tokens),
     ]
     if part.makes_loss:
         asked = micro.targets * part.hidden * FP32
@@ -150,7 +150,8 @@ def sequence_parallel_terms(part: Part, micro: Micro, step: Step) -> list[Term]:
     """Each sum is cut in two: rows gathered before, summed and scattered behind; rows are gathered once more for the
     weight gradient, which plain tensor parallel has kept. Experts keep theirs too: the router's rows are among them."""
     tp = step.layout.tp
-    hidden = -(-micro.tokens // tp) * tp * part.hidden * FP32
+    rows = -(-micro.tokens // tp) * tp
+    hidden = rows * part.hidden * FP32
     kept = part.moe_layers  # blocks that do not gather their rows again
     terms = [
         Term("layers, forward", "all_gather", "tp", 2 * part.layers * hidden),
@@ -162,7 +163,7 @@ def sequence_parallel_terms(part: Part, micro: Micro, step: Step) -> list[Term]:
         Term("layers made again", step.scatter, "tp", step.again * part.layers * hidden),
         Term("embedding", step.scatter, "tp", part.embeds * hidden),
         Term("embedding, backward", "all_gather", "tp", part.embeds * hidden),
-        *_router_terms(part, micro),
+        *_router_terms(part, micro, rows),
     ]
     if part.makes_loss:
         terms += [
@@ -178,11 +179,11 @@ def _loss_terms(micro: Micro) -> list[Term]:
     return [Term("loss: softmax over the vocabulary", "all_reduce", "tp", 3 * micro.targets * FP32)]
 
 
-def _router_terms(part: Part, micro: Micro) -> list[Term]:
-    """What the router gave to experts that are cut: the gradient of the k weights of a token (and of the shared
-    expert's gate)."""
-    numbers = part.top_k + part.shared_gate
-    return [Term("router weights, backward", "all_reduce", "tp", part.moe_layers * micro.tokens * numbers * FP32)]
+def _router_terms(part: Part, micro: Micro, rows: int) -> list[Term]:
+    """What the router gave to experts that are cut: the gradient of the k weights of a token; and that of the shared
+    expert's gate, for all rows."""
+    numbers = part.moe_layers * (micro.tokens * part.top_k + rows * part.shared_gate)
+    return [Term("router weights, backward", "all_reduce", "tp", numbers * FP32)]
 
 
 def pipeline_terms(part: Part, micro: Micro, step: Step) -> list[Term]:
