@@ -112,8 +112,7 @@ def _judged(tree: DictConfig, asked: int | None) -> tuple[RunConfig | None, int,
     cfg, problems = judge(tree, world)
     if cfg is not None:
         # Rows are made up to suit, so how many there are in a step is no matter here.
-        dp = max(1, world // parallel.model_ranks)
-        many = cfg.data.micro_batch_rows * dp * 8 * parallel.pp
+        many = cfg.data.micro_batch_rows * world * 8 * parallel.pp
         roomy = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, global_batch_rows=many))
         crossing = check(roomy, world, ANY_MACHINE)
         told = {problem.key for problem in crossing}

@@ -103,7 +103,7 @@ FOUND = {
     ),
     "token_learnt_across_the_cut": (
         "model=tiny_llama parallel.cp=2",
-        ("what the model is given differs first: targets_T", "counted twice"),
+        ("what the model is given (targets_T) differs first", "counted twice"),
     ),
     "denominator_counts_twice": (
         "model=tiny_llama parallel.cp=2",
@@ -119,7 +119,7 @@ FOUND = {
     ),
     "rows_stay_with_their_experts": (
         "model=tiny_deepseek_v3 parallel.ep=2",
-        ("the output of layers.1.mlp differs first", "gradient of layers.1.mlp."),
+        ("the output of layers.1.mlp differs first", "gradient of layers.1.mlp.", "1 on the ep axis", "experts"),
     ),
     "bias_on_every_rank": (
         "model=tiny_llama model.qkv_bias=true model.attention_out_bias=true parallel.tp=2",

@@ -64,14 +64,15 @@ def _of_forward(seen: Comparison, module: str) -> str:
 def _where(seen: Comparison, module: str, whole: dict[int, torch.Tensor], pieces: Sequence[tuple[Record, Rows]]) -> str:
     """Which ranks are wrong, when not all are."""
     wrong = {rank.rank for rank, rows in pieces if not _close(rows.values, whole[rows.batch][rows.at], whole)}
-    for axis in ("tp", "cp", "dp", "ep"):
-        places = {rank.place[axis] for rank in seen.ranks}
+    said = ""
+    for axis in ("tp", "cp", "ep", "dp"):
         bad = {rank.place[axis] for rank in seen.ranks if rank.rank in wrong}
-        if len(bad) < len(places):
-            return f"only ranks with place {', '.join(map(str, sorted(bad)))} on the {axis} axis are wrong."
-    if module.endswith("mlp") and f"{module}.experts.gate_up" in seen.reference.names:
-        return "with experts: rows do not come back from the ranks they were sent to, or in another order or weight."
-    return ""
+        if len(bad) < len({rank.place[axis] for rank in seen.ranks}):
+            said = f"only ranks with place {', '.join(map(str, sorted(bad)))} on the {axis} axis are wrong. "
+            break
+    if f"{module}.experts.gate_up" in seen.reference.names:
+        said += "These are experts: rows do not come back from the ranks they went to, or in another order or weight."
+    return said
 
 
 def _close(values: torch.Tensor, expected: torch.Tensor, whole: dict[int, torch.Tensor]) -> bool:

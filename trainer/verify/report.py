@@ -61,11 +61,11 @@ def _first(seen: Comparison) -> str:
         return f"{module_of(first.name)} begins with other weights: {_shown(first)}"
     if modules:
         first = modules[0]
-        what = "what the model is given" if first.name in INPUTS else f"the output of {first.name}"
+        what = f"what the model is given ({first.name})" if first.name in INPUTS else f"the output of {first.name}"
         own = [each for each in gradients if each.name.startswith(f"{first.name}.")]
         tensor = max(own or gradients, key=lambda each: each.relative, default=None)
         more = f"\n      gradient of {_shown(tensor)}" if tensor else ""
-        return f"{what} differs first: {_shown(first)}{more}"
+        return f"{what} differs first, by {first.relative:.1e} ({first.where}){more}"
     if gradients:
         first = gradients[-1]  # the backward begins at the end
         return (
