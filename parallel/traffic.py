@@ -92,9 +92,7 @@ class Traffic(TorchDispatchMode):
     def _count(self, name: str, args: tuple) -> None:
         if name == "wait_tensor":
             return
-        if name not in OPERATORS:
-            raise ValueError(f"c10d::{name} is not counted yet; add it to OPERATORS")
-        operator, group = OPERATORS[name], _group_of(args)
+        operator, group = operator_of(name), _group_of(args)
         if group.size() == 1:  # DeepSpeed asks for it; nothing goes anywhere
             return
         ranks = tuple(sorted(dist.get_process_group_ranks(group)))
@@ -112,6 +110,17 @@ class Traffic(TorchDispatchMode):
             wire = on_the_wire(kind, row.bytes, size)
             lines.append(f"{kind:<16}{label:<24}{size:>5}{row.calls:>7}{row.bytes:>16,}{wire:>16,.0f}")
         return "\n".join(lines)
+
+
+def operator_of(name: str) -> Operator:
+    """What a c10d operator does.
+
+    Raises:
+        ValueError: it is not known here.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"c10d::{name} is not counted yet; add it to OPERATORS")
+    return OPERATORS[name]
 
 
 def on_the_wire(kind: str, size_bytes: float, ranks: int) -> float:

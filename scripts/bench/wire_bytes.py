@@ -1,5 +1,8 @@
 """Bytes on the wire in one training step, by collective: ``python scripts/bench/wire_bytes.py [--quick]``.
 
+``--layout tp=2 sequence_parallel=true --processes 4`` counts one step of a layout instead (the optimizer step alone),
+by kind and group, beside the terms of the formula (``parallel/traffic_formula.py``). Without it:
+
 Loom trains the benchmark's model on two gloo processes with ZeRO 0-3. During one whole step, logging included, every
 collective that reaches torch's process groups is counted, whoever asked for it. Units are those of the ZeRO paper
 (Rajbhandari et al. 2020, section 7): an all-reduce moves its tensor twice, a reduce, reduce-scatter or all-gather once.
@@ -29,14 +32,14 @@ WARMUP = 3
 PROCESSES = 2
 
 
-def measure(stage: int, data: Path, overrides: list[str]) -> dict:
+def measure(stage: int, data: Path, overrides: list[str], processes: int = PROCESSES) -> dict:
     """What ``wire_worker`` counted on rank 0.
 
     Raises:
         RuntimeError: the run failed; the message ends with what it printed last.
     """
     out = data / f"wire-zero{stage}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += ["-m", "scripts.bench.wire_worker", "--zero", str(stage), "--data", str(data), "--out", str(out)]
     command += ["--warmup", str(WARMUP), "--steps", "1", "--set", *overrides]
     done = subprocess.run([*own_network(), *command], cwd=ROOT, env=child_environment(), capture_output=True, text=True)
@@ -74,9 +77,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ZeRO 1 only")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further Hydra overrides")
+    parser.add_argument("--layout", nargs="+", metavar="KEY=VALUE", help="of the section parallel; counts this layout")
+    parser.add_argument("--zero", type=int, default=1, help="with --layout")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="with --layout")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loom-bench-data-") as folder:
-        workload.write(Path(folder), rows=PROCESSES * workload.MICRO_BATCH * (WARMUP + 1), samples=1)
+        workload.write(Path(folder), rows=args.processes * workload.MICRO_BATCH * (WARMUP + 1), samples=1)
+        if args.layout:
+            words = [f"parallel.{word}" for word in args.layout]
+            print("\n".join(measure(args.zero, Path(folder), [*words, *args.set], args.processes)["lines"]))
+            return
         for stage in [1] if args.quick else [0, 1, 2, 3]:
             print(report(stage, measure(stage, Path(folder), args.set)), flush=True)
 
