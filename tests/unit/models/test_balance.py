@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.balance import Costs, Trained, chunks_of, costs_of, split_layers, split_v
+from models.balance import ATTENTION_SLOWNESS, ELEMENT_WISE, Costs, Trained, chunks_of, costs_of, split_layers, split_v
 from models.config import MoEConfig
 from models.flops import step_flops
 from parallel.config import ParallelConfig
@@ -65,29 +65,39 @@ def test_large_models_are_cut_in_no_time(v: bool) -> None:
     assert time.process_time() - start < 3 and sum(got) == 126
 
 
-def test_costs_add_up_to_the_step() -> None:
-    moe = MoEConfig(num_experts=4, top_k=2, expert_size=16, first_dense=1)
-    for cfg in (
-        dataclasses.replace(TINY, num_layers=3, sliding_window=16, full_attention_layers=1),
-        dataclasses.replace(TINY, family="qwen3_moe", num_layers=3, moe=moe),
-    ):
-        costs = costs_of(cfg, 64)
-        assert sum(costs.layers) + costs.head == pytest.approx(step_flops(cfg, [64], 64))
-        assert costs.layers[0] != pytest.approx(costs.layers[1]) and costs.layers[1] == pytest.approx(costs.layers[2])
+def test_layers_are_weighed_one_by_one() -> None:
+    """By hand for 64 tokens: products, attention of the full or the windowed layer, the rest; and the head."""
+    cfg = dataclasses.replace(TINY, num_layers=2, sliding_window=16, full_attention_layers=1)
+    d, pairs = 32, (64 * 65 // 2, 16 * 17 // 2 + 48 * 16)
+    products = 6 * 64 * (d * 64 + 32 * d + 3 * d * 48)
+    costs = costs_of(cfg, 64)
+    for got, pair in zip(costs.layers, pairs, strict=True):
+        beside = ELEMENT_WISE * d * 64
+        # A token attends at least to itself, which counts as a product here.
+        want = products + 12 * d * 64 + ATTENTION_SLOWNESS * 12 * d * (pair - 64) + beside
+        assert got == pytest.approx(want)
+    assert costs.head == pytest.approx(6 * 64 * 97 * d)
+
+
+def test_experts_weigh_what_a_token_uses_of_them() -> None:
+    moe = MoEConfig(num_experts=8, top_k=2, expert_size=48, first_dense=1)
+    dense, experts, last = costs_of(dataclasses.replace(TINY, family="qwen3_moe", num_layers=3, moe=moe), 64).layers
+    assert experts == last
+    assert experts - dense == pytest.approx(6 * 64 * 32 * (3 * 48 + 8))  # a second expert, and the router
 
 
 def test_frozen_parts_count_less() -> None:
-    """A linear layer is three equal products; attention's backward has no weights and stays whole where it runs."""
+    """A linear layer is three equal products; the rest of a backward has no weights and stays whole where it runs."""
     cfg = dataclasses.replace(TINY, num_layers=4)
     whole = costs_of(cfg, 64)
-    one = step_flops(dataclasses.replace(cfg, num_layers=1), [1] * 64, 0)  # a layer without its long attention
+    products = (step_flops(cfg, [1] * 64, 0)) / 4
     got = costs_of(cfg, 64, Trained((False, True, False, True), embedding=False, head=False))
     assert got.layers[0] == pytest.approx(whole.layers[0] / 3)  # nothing before it is trained
     assert got.layers[1] == pytest.approx(whole.layers[1])
-    assert got.layers[2] == pytest.approx(whole.layers[2] - one / 3)  # passes the gradient on
+    assert got.layers[2] == pytest.approx(whole.layers[2] - products / 3)  # passes the gradient on
     assert got.head == pytest.approx(whole.head * 2 / 3)
     passed = costs_of(cfg, 64, Trained((False,) * 4))  # the embedding is trained
-    assert passed.layers[0] == pytest.approx(whole.layers[0] - one / 3)
+    assert passed.layers[0] == pytest.approx(whole.layers[0] - products / 3)
 
 
 @pytest.mark.parametrize(("schedule", "vpp"), [("1f1b", 1), ("interleaved", 2), ("zbv", 2)])
