@@ -4,10 +4,20 @@ import json
 from pathlib import Path
 
 from models.config import ModelConfig, RopeConfig, Runtime
-from models.decoder import Decoder, build
+from models.decoder import Chunk, Decoder, build
 from models.families import FAMILIES, problems
 
-__all__ = ["FAMILIES", "Decoder", "ModelConfig", "RopeConfig", "Runtime", "build", "config_from_hf_folder", "problems"]
+__all__ = [
+    "FAMILIES",
+    "Chunk",
+    "Decoder",
+    "ModelConfig",
+    "RopeConfig",
+    "Runtime",
+    "build",
+    "config_from_hf_folder",
+    "problems",
+]
 
 
 def config_from_hf_folder(path: str | Path) -> ModelConfig:

@@ -22,6 +22,7 @@ from data.batch import MicroBatch
 from data.gate import GateError
 from data.peers import Peers
 from data.pipeline import TrainingData
+from models.balance import chunks_of
 from models.config import ModelConfig
 from models.decoder import Layer
 from models.flops import step_flops
@@ -77,7 +78,7 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
             return
-        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel)
+        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len)
         routers = RouterBook(engine.chunks, len(corpus.channels))
         if saved:
             saved.restore(engine, groups)
@@ -106,16 +107,17 @@ def make_engine(
     groups: Groups,
     source: TensorSource,
     layout: ParallelConfig = ALL_DATA,
+    row_length: int | None = None,
 ) -> Engine:
-    """This rank's part of the model on the meta device, filled from ``source`` and handed to DeepSpeed."""
+    """This rank's part of the model on the meta device, filled from ``source`` and handed to DeepSpeed.
+
+    ``row_length`` is the usual number of tokens of a row, by which pipeline stages are balanced.
+    """
     budget = GPU_LOGITS_BYTES if groups.device.type == "cuda" else CPU_LOGITS_BYTES
     chunk = engine_cfg.loss_chunk or max(budget // (4 * model_cfg.vocab_size), 64)
     runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk)
-    parts: list[Any] = [None]
-    if layout.pp > 1:
-        from models.balance import chunks_of
-
-        parts = chunks_of(model_cfg, layout, groups.pp.rank)
+    whole = [models.Chunk.whole(model_cfg)]
+    parts = chunks_of(model_cfg, layout, groups.pp.rank, row_length) if layout.pp > 1 else whole
     chunks = [models.build(model_cfg, groups.place(layout), runtime, part) for part in parts]
     adamw = functools.partial(_adamw, optim)
     return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, model_cfg.hidden_size, [Layer])

@@ -5,6 +5,7 @@ A row is legal (``test_matrix`` checks that the door lets it through). ``docs`` 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
 }
 
 
+@functools.cache
 def model_of(name: str) -> ModelConfig:
     """The sizes of a model of the matrix."""
     yaml, overrides = MODELS[name]
