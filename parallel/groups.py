@@ -84,6 +84,14 @@ class Groups:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def gather_stages(self, value: Any) -> list[Any]:
+        """``value`` of every pipeline stage of this rank's column, in order."""
+        if self.pp.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.pp.size
+        dist.all_gather_object(gathered, value, group=self.pp.group)
+        return gathered
+
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over the ranks with different tokens (dp x cp), in float64."""
         if self.data.size == 1:

@@ -160,7 +160,7 @@ def train(
         routers.begin(groups.data.size * engine.loss_scale.value / tokens)
         result = engine.train_step(batches, stage.forward, count, optim.lr_at(step, 100))
         loads = routers.finish(groups.sum_tensor)
-        out["loads"].append(RouterReport.joined(groups.all_gather(loads)).metrics(NAMES))
+        out["loads"].append(RouterReport.joined(groups.gather_stages(loads)).metrics(NAMES))
         out["metrics"].append(channels.metrics(result.metrics, NAMES, groups.all_gather, "train"))
         out["norm"].append(result.grad_norm)
         if step == first:
@@ -169,7 +169,7 @@ def train(
             out["grads"] = {n: m / (1 - optim.betas[0]) for n, m in moments.items()}
     if save_to:
         state = {"position": 8 * (first + steps), "world": groups.world, "model": {}, "data": ""}
-        state["routers"] = groups.all_gather(routers.state())
+        state["routers"] = groups.gather_stages(routers.state())
         out["saved"] = str(checkpoint.save(Path(save_to), first + steps, engine, state, groups, keep_last=2))
     out["weights"] = whole(engine, groups, "master")
     out["losses"] = [m["train/loss"] for m in out["metrics"]]

@@ -97,7 +97,7 @@ class Trainer:
         if self.cfg.engine.precision == "fp16":
             metrics |= {"train/loss_scale": result.loss_scale, "train/skipped": float(result.skipped)}
         if self.cfg.model.moe is not None:
-            everywhere = RouterReport.joined(self.groups.all_gather(loads))
+            everywhere = RouterReport.joined(self.groups.gather_stages(loads))
             metrics |= everywhere.metrics(self.data.channels)
         self.log.step(step, metrics | meter.read())
 

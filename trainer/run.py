@@ -268,7 +268,7 @@ def _save(
     progress: Progress,
 ) -> None:
     state = {
-        "routers": groups.all_gather(routers.state()) if cfg.model.moe is not None else [],
+        "routers": groups.gather_stages(routers.state()) if cfg.model.moe is not None else [],
         "position": progress.position,
         "world": groups.world,
         "model": _plain(cfg.model),
