@@ -32,6 +32,7 @@ from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
 from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
 from parallel.materialise import TensorSource
+from parallel.watch import watching
 from trainer import checkpoint, provenance
 from trainer.config import RunConfig, check, format_problems, ignored
 from trainer.door import to_yaml
@@ -58,8 +59,9 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
         raise ValueError(format_problems(problems))
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
-    groups = build_groups(ranks, cfg.run.hang_timeout, cfg.parallel)
-    with run_folder(cfg, groups) as run_dir:
+    # The collectives' own limit is longer, or they would give up before the watch has told who waits for whom.
+    groups = build_groups(ranks, 2 * cfg.run.hang_timeout + 60, cfg.parallel)
+    with watching(groups, cfg.run.hang_timeout), run_folder(cfg, groups) as run_dir:
         _train_in(run_dir, cfg, groups, started)
     return run_dir
 
