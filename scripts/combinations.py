@@ -71,7 +71,6 @@ class Refused:
 
 REFUSED = (
     Refused(ZERO[2:], PP, "ZeRO 2 and 3 shard gradients as each backward ends; a pipeline has several under way"),
-    Refused((OFFLOAD,), PP, "DeepSpeed's offload keeps one contiguous buffer a backward, which a pipeline cannot fill"),
     Refused((ZERO[3],), (EP,), "ZeRO 3 shards every weight over all data-parallel ranks, and those of ep differ"),
     Refused((ZERO[0],), (OFFLOAD,), "only partitioned optimizer states are offloaded (ZeRO 1 to 3)"),
     Refused(ATTENTION[1:], (RING,), "ring attention joins blocks of keys inside torch's fused kernels"),

@@ -178,6 +178,3 @@ def _zero(layout: Layout, world: int) -> Iterator[Fault]:
     elif zero == 3 and ep > 1:
         reason = f"shards every weight over all data-parallel ranks, and parallel.ep={ep} gives them different experts"
         yield Fault("engine.zero", zero, reason)
-    if layout.engine.offload_optimizer and pp > 1:
-        reason = f"DeepSpeed's offload keeps one contiguous buffer a backward, which parallel.pp={pp} cannot fill"
-        yield Fault("engine.offload_optimizer", True, reason)

@@ -21,7 +21,6 @@ KEYS = (
     "parallel.stage_layers",
     "parallel.context",
     "engine.zero",
-    "engine.offload_optimizer",
     "engine.attention",
     "data.micro_batch_rows",
     "data.global_batch_rows",
@@ -107,7 +106,6 @@ def _others(layout: Layout, key: str, world: int) -> list[Any]:
         simple = {
             "parallel.stage_layers": None,
             "parallel.context": "ring" if parallel.context == "ulysses" else "ulysses",
-            "engine.offload_optimizer": False,
             "engine.attention": "sdpa",
         }
         choices = [simple[key]]

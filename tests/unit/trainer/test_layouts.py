@@ -17,6 +17,7 @@ from data.config import DataConfig
 from models.config import ModelConfig, MoEConfig
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.sharding import Axis, Place
+from tests.integration.matrix.rows import ROWS, Row, model_of
 from trainer.config import Problem, format_problems
 from trainer.layout_rules import Layout, broken
 from trainer.layouts import KEYS, nearest, paste, problems
@@ -98,13 +99,6 @@ REFUSED = [
     (2, {"pp": 2, "engine": {"zero": 2}}, "engine.zero", ["parallel.pp=2"], "engine.zero=1"),
     (2, {"pp": 2, "engine": {"zero": 3}}, "engine.zero", ["parallel.pp=2"], "engine.zero=1"),
     (2, {"ep": 2, "engine": {"zero": 3}, "model": {"moe": EXPERTS}}, "engine.zero", ["parallel.ep=2"], "engine.zero=2"),
-    (
-        2,
-        {"pp": 2, "engine": {"offload_optimizer": True}},
-        "engine.offload_optimizer",
-        ["parallel.pp=2"],
-        "engine.offload_optimizer=false",
-    ),
 ]
 
 
@@ -136,6 +130,13 @@ LEGAL = [
 @pytest.mark.parametrize(("world", "given_"), LEGAL, ids=lambda value: str(value)[:60])
 def test_is_legal(world: int, given_: dict[str, Any]) -> None:
     assert problems(layout(**given_), world) == []
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_rows_of_the_matrix_are_legal(row: Row) -> None:
+    data = DataConfig(sources=(), seq_len=64, micro_batch_rows=row.micro_rows, global_batch_rows=8)
+    engine: Any = EngineConfig(zero=row.zero)  # pyright: ignore[reportArgumentType]
+    assert problems(Layout(model_of(row.model), row.layout, engine, data), row.processes) == []
 
 
 # ---- against what would be built ----------------------------------------------------------------------------------
@@ -246,10 +247,9 @@ def test_more_processes_are_offered_where_they_suffice() -> None:
 
 
 def test_all_faults_come_together_with_one_way_out() -> None:
-    told = problems(layout(tp=8, pp=2, cp=2, ep=2, rows=8, engine={"zero": 3, "offload_optimizer": True}), 8)
+    told = problems(layout(tp=8, pp=2, cp=2, ep=2, rows=8, engine={"zero": 3}), 8)
     assert [problem.key for problem in told] == [
         "parallel.tp x parallel.pp x parallel.cp", "parallel.tp", "parallel.ep", "engine.zero",
-        "engine.offload_optimizer",
     ]  # fmt: skip
     assert len({problem.way_out for problem in told}) == 1
     text = format_problems([*told, Problem("log.every", 0, "r", "log.every=1")])
