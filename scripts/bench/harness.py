@@ -156,12 +156,19 @@ def compete(contenders: Sequence[Contender], data: Path, schedule: Schedule) -> 
     return records
 
 
-def table(records: Sequence[Record]) -> str:
-    """The comparison; ratios are to the first contender, taken round by round, and their median is shown."""
+def table(records: Sequence[Record], over: Sequence[str] = ()) -> str:
+    """The comparison; ratios are to the first contender, taken round by round, and their median is shown.
+
+    Args:
+        over: further contenders that wall times are compared with, each in a column of its own.
+    """
     base = records[0]
+    others = {name: next(r for r in records if r.contender.name == name).tokens_per_wall_s() for name in over}
+    width = {name: len(name) + 8 for name in over}
     lines = [
         f"{'contender':<22}{'procs':>6}{'tokens/CPU-s':>14}{'[min .. max]':>16}{'ratio':>8}{'wall ratio':>12}"
-        f"{'peak MiB':>10}{'loss':>9}"
+        + "".join(f"{'wall / ' + name:>{width[name]}}" for name in over)
+        + f"{'peak MiB':>10}{'loss':>9}"
     ]
     for record in records:
         rates = record.tokens_per_cpu_s()
@@ -170,7 +177,12 @@ def table(records: Sequence[Record]) -> str:
         spread = f"[{min(rates):.0f} .. {max(rates):.0f}]"
         lines.append(
             f"{record.contender.name:<22}{record.contender.processes:>6}{median(rates):>14.0f}{spread:>16}"
-            f"{ratio:>8.3f}{wall:>12.3f}{record.peak_mib():>10.0f}{record.loss():>9.4f}"
+            f"{ratio:>8.3f}{wall:>12.3f}"
+            + "".join(
+                f"{median_ratio(record.tokens_per_wall_s(), theirs):>{width[name]}.3f}"
+                for name, theirs in others.items()
+            )
+            + f"{record.peak_mib():>10.0f}{record.loss():>9.4f}"
         )
     return "\n".join(lines)
 

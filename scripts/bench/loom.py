@@ -64,7 +64,8 @@ def _count_steps(turns: Counter) -> None:
 
     def counted(self: Engine, micro_batches: Sequence[Any], *args: Any, **kwargs: Any) -> StepResult:
         nonlocal tokens
-        tokens = sum(batch.tokens_T.numel() for batch in micro_batches)
+        shared_by = self.groups.tp.size * self.groups.pp.size  # they have the same tokens, each counts its share
+        tokens = sum(batch.tokens_T.numel() for batch in micro_batches) // shared_by
         return train_step(self, micro_batches, *args, **kwargs)
 
     Engine.train_step = counted

@@ -35,7 +35,7 @@ class Turn:
 
     rank: int
     tokens: int
-    """Tokens this process worked on, padding not counted."""
+    """This process's share of the tokens worked on: over all processes each counts once; padding does not."""
     cpu_s: float
     """CPU-seconds of all threads of this process."""
     wall_s: float

@@ -6,7 +6,9 @@ of whole words turns back into exactly these ids (for Loom, which reads files), 
 
 from __future__ import annotations
 
+import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,43 @@ EOS, PAD, FIRST_WORD = 0, 1, 2
 """Ids: end of text, padding, and the first that is a word."""
 
 
-def pretrain_rows(rows: int, seed: int = 0) -> np.ndarray:
-    """Documents that each fill one row, the end-of-text token included. int64 [rows, SEQ_LEN]."""
-    words = _words(np.random.default_rng(seed), rows * (SEQ_LEN - 1)).reshape(rows, SEQ_LEN - 1)
+@dataclass(frozen=True)
+class Load:
+    """What a step of pretraining works on, and how deep the model is."""
+
+    layers: int = LAYERS
+    seq_len: int = SEQ_LEN
+    rows: int = MICRO_BATCH
+    """Rows of a micro-batch."""
+    micro_batches: int | None = None
+    """Micro-batches of a step, over all processes; None = one for each process."""
+
+    def of_step(self, processes: int) -> int:
+        """Micro-batches of a step of a contender with so many processes."""
+        return self.micro_batches or processes
+
+    def words(self) -> tuple[str, ...]:
+        """As options of a contender."""
+        sizes = ("--layers", str(self.layers), "--seq-len", str(self.seq_len), "--rows", str(self.rows))
+        return sizes if self.micro_batches is None else (*sizes, "--micro-batches", str(self.micro_batches))
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """The options that `words` writes."""
+        parser.add_argument("--layers", type=int, default=LAYERS)
+        parser.add_argument("--seq-len", type=int, default=SEQ_LEN)
+        parser.add_argument("--rows", type=int, default=MICRO_BATCH, help="of a micro-batch")
+        parser.add_argument("--micro-batches", type=int, help="of a step, over all processes; default: one each")
+
+    @staticmethod
+    def read(args: argparse.Namespace) -> Load:
+        """What the options say."""
+        return Load(args.layers, args.seq_len, args.rows, args.micro_batches)
+
+
+def pretrain_rows(rows: int, seed: int = 0, seq_len: int = SEQ_LEN) -> np.ndarray:
+    """Documents that each fill one row, the end-of-text token included. int64 [rows, seq_len]."""
+    words = _words(np.random.default_rng(seed), rows * (seq_len - 1)).reshape(rows, seq_len - 1)
     return np.concatenate([words, np.full((rows, 1), EOS)], axis=1)
 
 
@@ -38,11 +74,11 @@ def sft_samples(samples: int, seed: int = 0) -> list[tuple[list[int], list[int]]
     return pairs
 
 
-def write(folder: Path, rows: int, samples: int) -> None:
+def write(folder: Path, rows: int, samples: int, seq_len: int = SEQ_LEN) -> None:
     """Write tokenizer, ids and text of both workloads into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder / "tokenizer")
-    ids = pretrain_rows(rows)
+    ids = pretrain_rows(rows, seq_len=seq_len)
     np.save(folder / "pretrain.npy", ids)
     _write_lines(folder / "pretrain.jsonl", ({"text": _text(row[:-1])} for row in ids.tolist()))
     pairs = sft_samples(samples)
