@@ -95,6 +95,8 @@ class Engine:
         self.optimizer = optimizer(root)
         self.loss_scale = LossScale(dynamic=cfg.precision == "fp16")
         self.ds = start(root, self.optimizer, config, groups, has_experts)
+        if not self._reduces:
+            self.ds.enable_backward_allreduce = False
         self.state = TrainingState(
             cfg.zero, self.ds, self.optimizer, list(self.named_parameters()), list(self._named_buffers()), groups
         )
@@ -114,6 +116,12 @@ class Engine:
         if self.cfg.precision == "fp32":
             return chunk
         return Autocast(chunk, AUTOCAST[self.cfg.precision], self.groups.device.type)
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether gradients go through DeepSpeed's reduction. Without ZeRO and with nobody else to average with it
+        would only copy all of them into one buffer and back."""
+        return bool(self.cfg.zero) or self.groups.data.size > 1
 
     @property
     def model(self) -> nn.Module:
@@ -188,7 +196,7 @@ class Engine:
         if self.cfg.zero:
             # DeepSpeed makes its bucket in the backward; this one ran without it, as under its own pipeline.
             self.ds.optimizer.reduce_gradients(pipeline_parallel=True)
-        else:
+        elif self._reduces:
             self.ds.allreduce_gradients()
         return metrics
 
