@@ -131,9 +131,11 @@ class Board:
     # ---- while all is well -------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """This rank lives."""
+        """This rank lives. One more of the others is looked up each time, to know it should the store be lost."""
         self.count += 1
         self._put(f"beat/{self.rank}", str(self.count))
+        if self.count < self.world:
+            self._state((self.rank + self.count) % self.world)
 
     def leave(self, why: str) -> None:
         """This rank goes its own way."""
@@ -163,6 +165,10 @@ class Board:
         self.beats[rank] = beat, since
         return now - since > silent_s
 
+    def dead(self) -> list[int]:
+        """Ranks, of those this one has heard of, whose processes on this machine have ended, well or not."""
+        return [rank for rank in sorted(self.others) if self._state(rank) == ""]
+
     def _state(self, rank: int) -> str | None:
         if rank not in self.others:
             said = self._read(f"here/{rank}")
@@ -187,8 +193,9 @@ class Board:
         said = self._wait_for("page", 2 * patience_s)
         if said is None:
             nobody = f"could not be asked: the store on {_store_host(self.store)} does not answer"
-            others = {rank: nobody for rank in range(self.world) if rank != self.rank}
-            return Verdict(page(why, {self.rank: mine}, others), [self.rank])
+            others = [rank for rank in range(self.world) if rank != self.rank]
+            dead = {rank: self._why_absent(rank) for rank in self.dead()}
+            return Verdict(page(why, {self.rank: mine}, dict.fromkeys(others, nobody) | dead), [self.rank])
         return Verdict(**json.loads(said))
 
     def printed(self) -> None:
@@ -197,6 +204,10 @@ class Board:
 
     def go(self, verdict: Verdict) -> None:
         """Wait until this rank may leave: when the page is printed, and for rank 0 when the others have read it."""
+        if self.deaf:
+            time.sleep(
+                STORE_S / 2
+            )  # the others, who look at this process now, should not take it for the one that died
         self._wait_for("printed", STORE_S)
         self._put(f"off/{self.rank}", "1")
         for rank in verdict.answered if self.rank == 0 else ():

@@ -150,10 +150,16 @@ class Watch:
         return waiting_in(stacks.main_thread(), self.names) is not None
 
     def _neighbour_gone(self) -> str:
-        """Each rank looks after the next one that has not come to its end. Without the store, that cannot be known."""
+        """Each rank looks after the next one that has not come to its end.
+
+        Without the store that cannot be known; then a process that has ended is trouble to a rank in a collective.
+        """
+        if self.board.deaf:
+            dead = self.board.dead()
+            return f"rank {dead[0]} is gone." if dead and self._in_collective() else ""
         while self.neighbour != self.rank and (left := self.board.left(self.neighbour)) == "":
             self.neighbour = (self.neighbour + 1) % self.world
-        if self.neighbour == self.rank or self.board.deaf:
+        if self.neighbour == self.rank:
             return ""
         gone = self.board.gone(self.neighbour, FAILED_S if left else self.timeout_s)
         return f"rank {self.neighbour} is gone." if gone else ""
@@ -169,6 +175,9 @@ class Watch:
             time.sleep(0.1)
         os._exit(EXIT_TERMINATED)
 
+    def _in_collective(self) -> bool:
+        return any(called > ended for _, called, ended in progress())
+
     def _all_gone(self) -> list[int]:
         gone = [r for r in range(self.world) if self.board.left(r) != "" and self.board.gone(r, float("inf"))]
         return [] if self.board.deaf else gone
@@ -178,7 +187,8 @@ class Watch:
         mine = doing(self.rank, self.board.process.host, self.names, self.broken)
         verdict = self.board.agree(why, mine, patience_s=2 * self.every_s + 4.0)
         if verdict.answered[0] == self.rank:
-            print(f"\n{verdict.text}\n", file=sys.stderr, flush=True)
+            sys.stderr.write(f"\n{verdict.text}\n\n")  # in one piece: other ranks may write to the same terminal
+            sys.stderr.flush()
             self.board.printed()
         self.board.go(verdict)
         os._exit(1 if verdict.failed else EXIT_LOST)

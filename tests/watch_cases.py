@@ -53,6 +53,7 @@ def killed_host(groups: Groups) -> None:
     """Rank 0 is killed, and with it the store if no launcher keeps it."""
     step(groups)
     if groups.rank == 0:
+        time.sleep(3.5)  # by then the others know its process
         os.kill(os.getpid(), signal.SIGKILL)
     step(groups)
 
@@ -167,6 +168,11 @@ def entered_and_left() -> tuple[set[str], set[str], set[str], int]:
     return before, inside, threads(), codes[1]
 
 
+def say(line: str) -> None:
+    """A line in one piece: all ranks write into the same pipe."""
+    os.write(1, f"{line}\n".encode())
+
+
 def main() -> None:
     """Run the case of the command line on groups of two by two where there are four ranks."""
     ranks = LauncherRanks.read()
@@ -175,10 +181,10 @@ def main() -> None:
     with told_clearly(ranks.rank):
         groups = build_groups(ranks, 60, layout)
         dist.barrier()
-        print(f"rank {ranks.rank} begins", flush=True)
+        say(f"rank {ranks.rank} begins")
         with watching(groups, float(sys.argv[2])):
             globals()[sys.argv[1]](groups)
-        print(f"rank {ranks.rank} is done", flush=True)
+        say(f"rank {ranks.rank} is done")
     dist.destroy_process_group()
 
 

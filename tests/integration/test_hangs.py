@@ -125,8 +125,9 @@ def test_survivors_speak_for_themselves_when_the_store_is_gone_with_rank_0() -> 
     for page in ended.pages:
         assert "could not be asked: the store on 127.0.0.1:" in page
         assert "all (ranks 0-2), its collective no. 3: all_reduce" in page
-        assert re.search(r"until its connection said: Connection (closed|reset) by peer", page)
+        assert re.search(r"  rank 0: gone: its process \d+ on ", page) and page.count(": gone") == 2, page
     assert len(ended.pages) == 2
+    assert re.search(r"until its connection said: .*Connection (closed|reset) by peer", ended.output), "at least one"
 
 
 def test_a_stopped_process_is_told_and_ended() -> None:
