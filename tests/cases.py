@@ -55,6 +55,8 @@ class Rows:
 
     packed: bool = True
     """Up to three documents a row; else one."""
+    alike: bool = False
+    """There are two different tokens only, so that a router sends them to the same few experts."""
     pretrain: bool = False
     """Every token is learnt; else from one to all of a document's."""
 
@@ -73,7 +75,8 @@ def uneven_rows(step: int, count: int = 8, kind: Rows = UNEVEN) -> list[list[Doc
         for length in lengths:
             learn = np.zeros(length, dtype=bool)
             learn[1 if kind.pretrain or index % 2 == 0 else -1 :] = True
-            row.append(Document(random.integers(0, TINY.vocab_size, size=length), learn, channel))
+            tokens = random.integers(0, TINY.vocab_size, size=length)
+            row.append(Document(tokens % 2 if kind.alike else tokens, learn, channel))
         rows.append(row if kind.packed else row[:1])
     return rows
 
@@ -187,19 +190,20 @@ def relative(a: Sequence[float], b: Sequence[float]) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
-def accumulate_equal(zero: Any, times: int) -> float:
+def accumulate_equal(zero: Any, times: int, layout: ParallelConfig = ALL_DATA) -> float:
     """Distance between the bf16 gradient of one micro-batch and of the same one accumulated ``times`` times."""
-    groups = here()
+    groups = here(layout)
     optim = OptimConfig(lr=0.0, clip=0.0)
 
     def gradient(repeats: int) -> dict[str, torch.Tensor]:
-        engine = make_engine(TINY, EngineConfig(zero=zero, precision="bf16"), optim, groups, InitSource(TINY, seed=3))
+        source, low = InitSource(TINY, seed=3), EngineConfig(zero=zero, precision="bf16")
+        engine = make_engine(TINY, low, optim, groups, source, layout)
         stage = NextToken(len(NAMES))
         batch = my_micro_batches(0, groups, 8)[0]
         engine.train_step([batch] * repeats, stage.forward, repeats * stage.count([batch]), 0.0)
         return whole(engine, groups, "exp_avg")
 
-    return distance(gradient(1), gradient(times))
+    return distance(gradient(groups.pp.size), gradient(times))
 
 
 def run_config(words: list[str]) -> None:

@@ -14,6 +14,7 @@ from data.pipeline import TrainingData
 from models.routing import RouterBook, RouterReport
 from parallel.engine import Engine, StepResult
 from parallel.groups import Groups
+from parallel.step_clock import idle_share
 from trainer import channels
 from trainer.config import RunConfig
 from trainer.context import local_part
@@ -99,6 +100,9 @@ class Trainer:
         if self.cfg.model.moe is not None:
             everywhere = RouterReport.joined(self.groups.gather_stages(loads))
             metrics |= everywhere.metrics(self.data.channels)
+        if self.groups.pp.size > 1:
+            times = self.groups.gather_stages(self.engine.pipeline.last_step())
+            metrics |= {"perf/pipeline_idle": idle_share(times)}
         self.log.step(step, metrics | meter.read())
 
     def _eval_batches(self) -> list[MicroBatch]:

@@ -32,6 +32,7 @@ from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
 from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
 from parallel.materialise import TensorSource
+from parallel.schedules import formula_idle_share
 from parallel.watch import watching
 from trainer import checkpoint, provenance
 from trainer.config import RunConfig, check, format_problems, ignored
@@ -253,7 +254,10 @@ def _layout(cfg: RunConfig, groups: Groups) -> str:
     if not used and layout.ep == 1:
         return ""
     notes = ["sequence parallel"] if groups.place(layout).splits_rows else []
-    notes += [f"{layout.schedule}, {layout.stages_per_rank} stage(s) a rank"] if layout.pp > 1 else []
+    if layout.pp > 1:
+        count = cfg.data.global_batch_rows // (cfg.data.micro_batch_rows * groups.dp.size)
+        idle = formula_idle_share(layout.schedule, layout.pp, layout.stages_per_rank, count)
+        notes += [f"{layout.schedule}, {layout.stages_per_rank} stage(s) a rank, idle {idle:.0%} by the formula"]
     notes += [layout.context] if layout.cp > 1 else []
     notes += [f"experts over {layout.ep}"] if layout.ep > 1 else []
     return " = " + " x ".join([*used, f"dp {groups.dp.size}"]) + (f" ({', '.join(notes)})" if notes else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from parallel.config import ParallelConfig
 from tests import cases
 
 
@@ -23,3 +24,9 @@ def test_bf16_accumulates_64_micro_batches_in_fp32(pool, zero: int) -> None:
     """64 equal micro-batches add up to 64 times one, to fp32 rounding; a bf16 sum would stop growing (2^-8)."""
     distance = pool(1).run(cases.accumulate_equal, zero, 64)[0]
     assert distance <= 1e-5
+
+
+@pytest.mark.parametrize("layout", [ParallelConfig(pp=2), ParallelConfig(tp=2, sequence_parallel=True)])
+def test_bf16_accumulates_in_fp32_at_other_layouts(pool, layout: ParallelConfig) -> None:
+    """As above; a pipeline's gradients gather without DeepSpeed."""
+    assert pool(2).run(cases.accumulate_equal, 1, 64, layout)[0] <= 1e-5

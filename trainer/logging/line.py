@@ -135,6 +135,7 @@ def step_line(
         (3, part("train/lr", "lr {:.2e}")),
         (5, speed),
         (2, _flops(metrics)),
+        (1, f"idle {metrics['perf/pipeline_idle']:.0%}" if "perf/pipeline_idle" in metrics else None),
         (1, part("perf/memory_gib", "mem {:.1f}G")),
         (6, f"left {duration(seconds_left)}" if seconds_left is not None else None),
     ]

@@ -60,12 +60,13 @@ class Row:
         parts += [self.recompute] if self.recompute != "none" else []
         parts += ["unpacked"] if not self.rows.packed else []
         parts += ["pretrain"] if self.rows.pretrain else []
+        parts += ["alike"] if self.rows.alike else []
         return f"{self.model}-{self.processes}-{','.join(parts)}"
 
 
 def row(model: str, processes: int, *, zero: int = 1, recompute: str = "none", micro: int = 1, **layout: Any) -> Row:
     """A row from keywords; ``packed`` and ``pretrain`` are of the data, the rest of the layout."""
-    kind = Rows(layout.pop("packed", True), layout.pop("pretrain", False))
+    kind = Rows(**{key: layout.pop(key) for key in ("packed", "pretrain", "alike") if key in layout})
     return Row(model, processes, ParallelConfig(**layout), zero, recompute, kind, micro)
 
 
@@ -111,6 +112,10 @@ ROWS = [
     row("qwen3_moe", 4, ep=4, zero=0, micro=1),
     row("deepseek_v2", 4, ep=2, recompute="selective", micro=2),
     row("deepseek_v3", 4, ep=2, tp=2, **SP, zero=2, micro=2),
+    # two different tokens only: most experts get none, on most ranks
+    row("qwen3_moe", 2, zero=3, alike=True, micro=2),
+    row("qwen3_moe", 4, ep=4, alike=True, zero=2, micro=2),
+    row("deepseek_v3", 4, ep=2, pp=2, alike=True),
     # all of it
     row("llama_deep", 8, tp=2, **SP, pp=2, cp=2, schedule="interleaved"),
     row("mixtral", 8, tp=2, **SP, pp=2, ep=2),
