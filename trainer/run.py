@@ -37,6 +37,7 @@ from parallel.watch import watching
 from trainer import checkpoint, provenance
 from trainer.config import RunConfig, check, format_problems, ignored
 from trainer.door import to_yaml
+from trainer.folders import ROUTER_TRAINING
 from trainer.logging.log import Log, NullLog, RunLog
 from trainer.loop import Progress, Trainer
 from trainer.optim import OptimConfig, decay_groups
@@ -161,14 +162,23 @@ def _saved(cfg: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
         others = [str(path) for path in checkpoint.checkpoints_in(folder.parent) if path != folder]
         hint = f" The others of this run: {', '.join(others)}." if others else ""
         raise ValueError(f"{error}{hint}") from error
-    theirs, ours = saved.state["model"], _plain(cfg.model)
-    differ = [f"model.{key}: {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
+    theirs, ours = _flat(saved.state["model"]), _flat(_plain(cfg.model))
+    differ = [f"{key}: {theirs.get(key)} -> {value}" for key, value in ours.items() if theirs.get(key) != value]
     if differ:
         raise ValueError(
             f"cannot resume from {folder}: it holds another model ({'; '.join(differ)}). "
             "Take another run.name, or run.resume=never to start this run again."
         )
     return saved
+
+
+def _flat(model: dict[str, Any]) -> dict[str, Any]:
+    """What a model is, as `model.moe.top_k: 2`; how its routers are trained may change between runs."""
+    flat: dict[str, Any] = {}
+    for key, value in model.items():
+        inner = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= {f"model.{name}": each for name, each in inner.items()}
+    return {key: value for key, value in flat.items() if key not in {f"model.moe.{name}" for name in ROUTER_TRAINING}}
 
 
 def _plain(section: Any) -> dict[str, Any]:
