@@ -101,8 +101,8 @@ def doing(rank: int, host: str, names: GroupNames, lost: BaseException | None = 
     threads = [stacks.raised_in(lost)] if lost else stacks.threads()
     waits = [wait for frames in threads if (wait := waiting_in(frames, names))]
     calls, last, called = recorded(names)
-    if lost and last and not calls and any(wait.kind not in MESSAGES for wait in waits):
-        calls = [last]  # to the flight recorder, a collective that broke has ended
+    if lost and last and not calls and not any(wait.kind in MESSAGES for wait in waits):
+        calls = [replace(last, where=last.where or stacks.lines(threads[0]))]  # to the recorder it has ended
     calls = [_placed(call, waits) for call in calls] + [wait for wait in waits if wait.kind in MESSAGES]
     if not calls:
         calls = waits[:1]
@@ -217,7 +217,8 @@ def waiting_in(frames: Frames, names: GroupNames) -> Call | None:
         if code.co_filename.endswith(stacks.C10D) and not code.co_name.startswith("_"):
             name, ranks = _group_in(found.get("group"), names)
             return Call(code.co_name, name, ranks, None, _tensor_words(code.co_name, found), None, stacks.lines(frames))
-        kinds = {_kind(value) for value in found.values() if isinstance(value, dist.Work)}
+        held = [*found.values(), *getattr(found.get("self"), "__dict__", {}).values()]
+        kinds = {_kind(value) for value in held if isinstance(value, dist.Work)}
         if kinds and i == 0:  # `wait` itself has no frame in Python
             ops = [op for _, variables in near for op in _messages(variables)]
             name, ranks = _group_in(ops[0].group, names) if ops else ("", [])

@@ -13,8 +13,16 @@ from types import FrameType
 ROOT = str(Path(__file__).resolve().parents[1]) + os.sep
 LIBRARIES = tuple({path + os.sep for path in sysconfig.get_paths().values()} | {str(Path(os.__file__).parent) + os.sep})
 C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
-WRAPPERS = (C10D, os.path.join("torch", "distributed", "c10d_logger.py"), os.path.join("parallel", "watch.py"))
-DEPTH = 5
+WRAPPERS = (
+    C10D,
+    os.path.join("torch", "distributed", "c10d_logger.py"),
+    os.path.join("torch", "autograd", "function.py"),
+    ROOT + os.path.join("parallel", "collectives.py"),
+    ROOT + os.path.join("parallel", "watch.py"),
+)
+"""Files whose lines say less than those that called them."""
+
+DEPTH = 6
 """Lines of a stack that are shown, and frames in which a wait is looked for."""
 
 Frames = list[tuple[FrameType, int]]

@@ -18,8 +18,6 @@ import os
 import re
 import select
 import signal
-import socket
-import struct
 import sys
 import threading
 import time
@@ -29,7 +27,8 @@ from typing import Any, NoReturn
 
 from parallel import stacks
 from parallel.board import FAILED_S, Board
-from parallel.doing import doing, progress, waiting_in
+from parallel.doing import doing, progress, recorded, waiting_in
+from parallel.doorbell import doorbell, signals_back, signals_to, who_rang
 from parallel.group_names import named_groups
 from parallel.groups import Groups
 
@@ -93,8 +92,8 @@ class Watch:
         self.pulse = Pulse(timeout_s)
         self.broken: BaseException | None = None
         self.closing = False
-        self.woken, self.wake = _doorbell()
-        self.previous = _signals_to(self.wake.fileno())
+        self.woken, self.wake = doorbell()
+        self.previous = signals_to(self.wake.fileno())
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
 
@@ -111,7 +110,7 @@ class Watch:
         self.closing = True
         self.wake.send(WAKE)
         self.thread.join()
-        _signals_back(self.previous)
+        signals_back(self.previous)
         self.board.leave(why.splitlines()[0] if why else "")
         self.woken.close()
         self.wake.close()
@@ -121,7 +120,7 @@ class Watch:
     def _run(self) -> None:
         while True:
             ready, *_ = select.select([self.woken], [], [], self.every_s)
-            rung = _who_rang(self.woken) if ready else b""
+            rung = who_rang(self.woken) if ready else b""
             if self.closing:
                 return
             if signal.SIGTERM in rung:
@@ -144,10 +143,12 @@ class Watch:
     def _waited(self) -> float:
         """Seconds this rank has waited, once they are too many; 0 before."""
         calls = tuple(group._get_sequence_number_for_group() for group in self.groups)
-        return self.pulse.waited(progress(), calls, stacks.position(), self._waits)
+        return self.pulse.waited(progress(), calls, stacks.position(), self._really_waits)
 
-    def _waits(self) -> bool:
-        return waiting_in(stacks.main_thread(), self.names) is not None
+    def _really_waits(self) -> bool:
+        """Whether something has been open for too long: takes long to find out, and is asked only where it may be."""
+        open_ = max((call.seconds or 0.0 for call in recorded(self.names)[0]), default=0.0)
+        return open_ > self.timeout_s or waiting_in(stacks.main_thread(), self.names) is not None
 
     def _neighbour_gone(self) -> str:
         """Each rank looks after the next one that has not come to its end.
@@ -176,7 +177,7 @@ class Watch:
         os._exit(EXIT_TERMINATED)
 
     def _in_collective(self) -> bool:
-        return any(called > ended for _, called, ended in progress())
+        return bool(recorded(self.names)[0])
 
     def _all_gone(self) -> list[int]:
         gone = [r for r in range(self.world) if self.board.left(r) != "" and self.board.gone(r, float("inf"))]
@@ -204,15 +205,16 @@ class Pulse:
         self.still: tuple[Any, float] = ((), 0.0)
 
     def waited(
-        self, seen: tuple[tuple[str, int, int], ...], calls: tuple[int, ...], at: Any, waits: Callable[[], bool]
+        self, seen: tuple[tuple[str, int, int], ...], calls: tuple[int, ...], at: Any, really: Callable[[], bool]
     ) -> float:
         """Seconds of the longest wait, once it is longer than allowed; 0 before.
 
         Args:
-            seen: (group, collectives called, collectives ended) of the flight recorder.
+            seen: (group, collectives called, collectives ended) of the flight recorder. Of two that end at the same
+                moment it may note the first one last, and is then wrong until the next one ends.
             calls: operations each group has started, messages included, which the flight recorder leaves out.
             at: where the main thread stands.
-            waits: whether the main thread waits in a call; asked only when nothing has moved for too long.
+            really: looks closer, when nothing has moved for too long.
         """
         now, longest = time.monotonic(), 0.0
         for group, called, ended in seen:
@@ -223,67 +225,13 @@ class Pulse:
             longest = max(longest, now - since)
         state, since = self.still
         if state != (seen, calls, at):
+            since = now
             self.still = (seen, calls, at), now
-        elif now - since > max(longest, self.timeout_s) and waits():
-            longest = now - since
-        return longest if longest > self.timeout_s else 0.0
-
-
-CREDENTIALS = struct.Struct("iII")
-"""Process, user and group of who sent a message; Linux tells them."""
-
-
-def _doorbell() -> tuple[socket.socket, socket.socket]:
-    """Two ends: the thread sleeps on the first, the second wakes it."""
-    woken, wake = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    wake.setblocking(False)
-    if hasattr(socket, "SO_PASSCRED"):
-        woken.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    return woken, wake
-
-
-def _who_rang(woken: socket.socket) -> bytes:
-    """The signals that came. A forked process shares the other end for a moment; what came to it does not count."""
-    said, extra, *_ = woken.recvmsg(64, socket.CMSG_SPACE(CREDENTIALS.size))
-    for _, _, sender in extra:
-        if CREDENTIALS.unpack(sender)[0] != os.getpid():
-            return b""
-    return said
-
-
-class _TermNoted:
-    """SIGTERM's handler: the thread has been woken, and decides. In a forked process it ends that one."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-
-    def __call__(self, *_: Any) -> None:
-        if os.getpid() != self.process:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _signals_to(wake: int) -> int | None:
-    """Have SIGTERM wake the thread instead of ending the process at once; what it woke before.
-
-    Where the program has a handler of its own, or this is not the main thread, nothing is changed (None).
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        return None
-    signal.signal(signal.SIGTERM, _TermNoted())
-    return signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-
-
-def _signals_back(previous: int | None) -> None:
-    if previous is not None:
-        signal.set_wakeup_fd(previous)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _leave_parent_asleep() -> None:
-    """In a forked process: its signals wake it alone."""
-    if isinstance(signal.getsignal(signal.SIGTERM), _TermNoted):
-        signal.set_wakeup_fd(-1)
-
-
-os.register_at_fork(after_in_child=_leave_parent_asleep)
+        longest = max(longest, now - since)
+        if longest <= self.timeout_s:
+            return 0.0
+        if really():
+            return longest
+        self.groups.clear()
+        self.still = (), now
+        return 0.0
