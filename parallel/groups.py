@@ -137,10 +137,10 @@ def build_groups(ranks: LauncherRanks, timeout_s: float, layout: ParallelConfig 
             world_size=ranks.world,
             timeout=timedelta(seconds=timeout_s),
         )
-    return Groups(ranks.rank, ranks.world, device, **_axes(ranks, layout))
+    return Groups(ranks.rank, ranks.world, device, **_axes(ranks, layout, timedelta(seconds=timeout_s)))
 
 
-def _axes(ranks: LauncherRanks, layout: ParallelConfig) -> dict[str, Axis]:
+def _axes(ranks: LauncherRanks, layout: ParallelConfig, timeout: timedelta) -> dict[str, Axis]:
     """Every axis of this rank. All ranks make all process groups, in the same order."""
     assert ranks.world % layout.model_ranks == 0, f"{layout} does not divide {ranks.world} ranks"
     dp = ranks.world // layout.model_ranks
@@ -159,10 +159,10 @@ def _axes(ranks: LauncherRanks, layout: ParallelConfig) -> dict[str, Axis]:
         "model": grid.permute(1, 2, 0, 3).flatten(0, 1).flatten(1),
         "ends": grid.permute(1, 2, 3, 0).flatten(0, 2)[:, [0, -1]] if layout.pp > 1 else grid.view(-1, 1),
     }
-    return {name: _axis(name, lines[name].tolist(), ranks) for name in lines}
+    return {name: _axis(name, lines[name].tolist(), ranks, timeout) for name in lines}
 
 
-def _axis(name: str, lines: list[list[int]], ranks: LauncherRanks) -> Axis:
+def _axis(name: str, lines: list[list[int]], ranks: LauncherRanks, timeout: timedelta) -> Axis:
     """The one of `lines` that this rank is on, as an axis with its process group.
 
     A line of one rank needs no group, except where DeepSpeed asks for one.
@@ -172,7 +172,7 @@ def _axis(name: str, lines: list[list[int]], ranks: LauncherRanks) -> Axis:
         return Axis()
     if len(mine) == ranks.world and mine == sorted(mine):
         return Axis(len(mine), mine.index(ranks.rank), dist.group.WORLD)
-    groups: list[Any] = [dist.new_group(line) for line in lines]
+    groups: list[Any] = [dist.new_group(line, timeout=timeout) for line in lines]
     return Axis(len(mine), mine.index(ranks.rank), groups[lines.index(mine)] if mine in lines else None)
 
 
