@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from parallel.sharding import REPLICATED, WHOLE
 from tests import checkpoint_cases
 from trainer import checkpoint
 
@@ -18,18 +20,18 @@ def scattered(tmp_path: Path) -> checkpoint.Checkpoint:
     """Elements 0 to 9 of ``w`` [2, 5] in pieces of 3, 4, 1 and 2 on three ranks, not in order."""
     pieces = [[1, 0, 3], [0, 3, 4], [2, 7, 1], [1, 8, 2]]
     for rank in range(3):
-        mine = {f"param/w@{at}": torch.arange(at, at + size).float() for owner, at, size in pieces if owner == rank}
+        mine = {f"param/w@0:{at}": torch.arange(at, at + size).float() for owner, at, size in pieces if owner == rank}
         save_file(mine, tmp_path / f"rank_{rank:05d}.safetensors")
-    shuffled = [pieces[n] for n in (2, 0, 3, 1)]
-    tensors = {"w": {"shape": [2, 5], "pieces": shuffled}}
-    (tmp_path / "state.json").write_text(json.dumps({"format": 1, "tensors": tensors}))
+    shuffled = [(rank, 0, at, size) for rank, at, size in (pieces[n] for n in (2, 0, 3, 1))]
+    tensors = {"w": {"shape": [2, 5], "shard": dataclasses.asdict(REPLICATED), "tp": 1, "ep": 1, "pieces": shuffled}}
+    (tmp_path / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "tensors": tensors}))
     return checkpoint.Checkpoint(tmp_path)
 
 
 def test_every_range_is_read_across_pieces(scattered: checkpoint.Checkpoint) -> None:
     for start in range(10):
         for stop in range(start, 11):
-            found = scattered.read_range("param", "w", start, stop - start)
+            found = scattered.read_range("param", "w", WHOLE, start, stop - start)
             assert found.tolist() == list(range(start, stop)), (start, stop)
     assert scattered.tensor("w").tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert [(name, tensor.shape) for name, tensor in scattered.weights()] == [("w", (2, 5))]
