@@ -15,6 +15,7 @@ from models.routing import RouterBook
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import StepResult
 from parallel.groups import Groups
+from parallel.loss_scale import LossScale
 from parallel.sharding import Axis
 from tests import cases
 from trainer.config import RunConfig, RunSection
@@ -72,6 +73,7 @@ class Engine:
     def __init__(self) -> None:
         self.steps: list[tuple[list[int], float, float]] = []
         self.evaluations: list[int] = []
+        self.loss_scale = LossScale(dynamic=False)
 
     def train_step(self, batches: list[MicroBatch], forward: Any, count: float, lr: float) -> StepResult:
         """One step."""
