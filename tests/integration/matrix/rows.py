@@ -1,6 +1,6 @@
 """The layouts the matrix runs, as data: each row is trained and compared with one process.
 
-A row is legal (``test_matrix`` checks that the door lets it through). ``docs`` of what is refused live with the door.
+A row is legal: ``tests/unit/trainer/test_layouts.py`` holds every one to the rules that refuse layouts before start.
 """
 
 from __future__ import annotations
