@@ -9,6 +9,16 @@ from models.config import ModelConfig
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of one Hugging Face tensor. A row is everything behind the last-but-one dim; of a vector, one
+    element. A tensor of ours, or of Megatron, is its segments one after another."""
+
+    hf: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Rename:
     """One of our tensors is one of theirs under another name."""
 
@@ -23,6 +33,10 @@ class Rename:
     def hf_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shape of each Hugging Face tensor, from that of our whole tensor."""
         return {self.hf: shape}
+
+    def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        """Our whole tensor of shape `shape` as rows of theirs, all dims but the last counted as rows."""
+        return (Segment(self.hf, 0, shape[0]),)
 
     def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Our whole tensor from theirs."""
@@ -49,6 +63,10 @@ class Concat:
     def hf_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shape of each Hugging Face tensor, from that of our whole tensor."""
         return {name: (size, *shape[1:]) for name, size in zip(self.hf, self.sizes, strict=True)}
+
+    def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        """Our whole tensor of shape `shape` as rows of theirs, all dims but the last counted as rows."""
+        return tuple(Segment(name, 0, size) for name, size in zip(self.hf, self.sizes, strict=True))
 
     def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Our whole tensor from theirs."""
@@ -78,6 +96,10 @@ class Stack:
     def hf_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shape of each Hugging Face tensor, from that of our whole tensor."""
         return {name: (size, *shape[2:]) for names in self.hf for name, size in zip(names, self.sizes, strict=True)}
+
+    def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
+        """Our whole tensor of shape `shape` as rows of theirs, all dims but the last counted as rows."""
+        return tuple(Segment(name, 0, size) for names in self.hf for name, size in zip(names, self.sizes, strict=True))
 
     def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Our whole tensor from theirs."""

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
 from parallel import stacks
@@ -119,8 +119,8 @@ class Watch:
 
     def _run(self) -> None:
         while True:
-            ready, *_ = select.select([self.woken], [], [], self.every_s)
-            rung = who_rang(self.woken) if ready else b""
+            # Not select(): it cannot hear a descriptor above 1,023, and a large job has more.
+            rung = who_rang(self.woken) if wait([self.woken], self.every_s) else b""
             if self.closing:
                 return
             if signal.SIGTERM in rung:

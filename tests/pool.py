@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Pool:
         ``function`` lives in an importable module (``tests.cases``), not inside a test file.
         """
         for pipe in self.pipes:
-            pipe.send((function, args, kwargs))
+            pipe.send_bytes(pickle.dumps((function, args, kwargs)))
         results: dict[int, Any] = {}
         failed: list[str] = []
         end = time.monotonic() + TIMEOUT_S
@@ -45,7 +46,7 @@ class Pool:
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
             for pipe in wait(waiting, left):
                 rank = self.pipes.index(pipe)  # pyright: ignore[reportArgumentType]
-                good, value = self.pipes[rank].recv()
+                good, value = pickle.loads(self.pipes[rank].recv_bytes())
                 results[rank] = value
                 if not good:
                     failed.append(f"rank {rank}:\n{value}")
@@ -69,7 +70,7 @@ class Pool:
         if not self.alive:
             return
         for pipe in self.pipes:
-            pipe.send(None)
+            pipe.send_bytes(pickle.dumps(None))
         for process in self.processes:
             process.join(timeout=10)
             if process.is_alive():
@@ -83,10 +84,12 @@ def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    while (job := pipe.recv()) is not None:
+    while (job := pickle.loads(pipe.recv_bytes())) is not None:
         function, args, kwargs = job
         try:
-            pipe.send((True, function(*args, **kwargs)))
+            answer = True, function(*args, **kwargs)
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        # By value: torch would send each tensor as a shared file, and every one of them stays an open descriptor here.
+        pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()

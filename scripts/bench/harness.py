@@ -18,7 +18,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from select import select
 from statistics import median
 
 from scripts.bench.turns import Ready, Schedule, Turn
@@ -97,7 +96,7 @@ class Running:
         while len(self._lines) < self.contender.processes:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise self._failure("did not start")
-            if select([self._socket], [], [], POLL_S)[0]:
+            if wait([self._socket], POLL_S):
                 connection, _ = self._socket.accept()
                 self._lines.append(Connection(connection.detach()))
         answers = [self._hear(line, START_TIMEOUT_S) for line in self._lines]

@@ -1,0 +1,26 @@
+"""Weights found somewhere, whatever they lie in: what every command and training start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from convert.boxes import Tensors
+from convert.megatron.layout import Layout
+from models.config import ModelConfig
+
+Format = Literal["hugging_face", "torch", "torch_dist", "safetensors", "loom"]
+"""A Hugging Face folder; Megatron's three; a checkpoint of one of Loom's runs."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose names and shapes were checked; no value is read yet."""
+
+    path: Path
+    format: Format
+    cfg: ModelConfig
+    tensors: Tensors
+    files: Path | None
+    """Where config.json, generation_config.json and the tokenizer's files lie; None where there are none."""
+    layout: Layout | None = None
+    """How it is cut, where it is Megatron's."""

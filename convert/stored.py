@@ -1,0 +1,147 @@
+"""A tensor that lies somewhere in a file, read and written by rows; and safetensors files made of such tensors.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the bytes.
+Source: the safetensors specification, https://github.com/huggingface/safetensors#format.
+"""
+
+import errno
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, dtype, shape, and its bytes from the start of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row: the last dim, where there are several."""
+        return self.shape[-1:] if len(self.shape) > 1 else ()
+
+    def _row_bytes(self) -> int:
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The tensor, its own memory, in the stored dtype."""
+        return self._read(self.start, self.shape)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop), all dims but the last counted as rows: [stop - start, last dim], own memory.
+
+        Raises:
+            ValueError: the file ended early.
+        """
+        return self._read(self.start + start * self._row_bytes(), (stop - start, *self.row_shape))
+
+    def put(self, start: int, rows: torch.Tensor) -> None:
+        """Write rows from `start` on, converted to the stored dtype; the file has its full length already.
+
+        Raises:
+            ValueError: the disk is full.
+        """
+        assert rows.shape[1:] == self.row_shape, f"rows of shape {tuple(rows.shape)} for {self}"
+        at = self.start + start * self._row_bytes()
+        data = rows.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
+        assert at + data.numel() <= self.stop, f"{rows.shape[0]} rows from {start} on do not fit into {self}"
+        try:
+            with self.file.open("r+b") as handle:
+                handle.seek(at)
+                handle.write(data.numpy().data)
+        except OSError as err:
+            if err.errno != errno.ENOSPC:
+                raise
+            raise ValueError(f"the disk is full while writing {self.file}; free space or choose another disk") from err
+
+    def _read(self, at: int, shape: tuple[int, ...]) -> torch.Tensor:
+        out = torch.empty(shape, dtype=self.dtype)
+        if not out.numel():
+            return out
+        into = out.view(-1).view(torch.uint8).numpy().data
+        with self.file.open("rb", buffering=0) as handle:
+            handle.seek(at)
+            while into:
+                got = handle.readinto(into)
+                if not got:
+                    raise ValueError(f"{self.file} ended early while reading: it changed or was cut; fetch it again")
+                into = into[got:]
+        return out
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one safetensors file, from its header; checks that the file holds all its bytes.
+
+    Raises:
+        ValueError: the file is truncated or is not safetensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        head = handle.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if len(head) < 8 or 8 + length > size:
+            raise ValueError(f"{file} is truncated: {size} bytes do not even hold its header; fetch it again")
+        try:
+            header = json.loads(handle.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as err:
+            raise ValueError(f"{file} is not a safetensors file ({err}); fetch it again") from err
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{file}: tensor {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
+    expected = max((tensor.stop for tensor in tensors.values()), default=8 + length)
+    if size < expected:
+        raise ValueError(f"{file} is truncated: it has {size} bytes, its header promises {expected}; fetch it again")
+    return tensors
+
+
+def begin_file(
+    file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> dict[str, StoredTensor]:
+    """Make a safetensors file of its full length whose values are not written yet (`StoredTensor.put` writes them)."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    first = 8 + len(text)
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, first + offset)
+    places = {name: [first + at for at in header[name]["data_offsets"]] for name in tensors}
+    return {name: StoredTensor(file, *tensors[name], *places[name]) for name in tensors}
