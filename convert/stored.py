@@ -9,7 +9,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,14 @@ class StoredTensor:
         at = self.start + start * self._row_bytes()
         data = rows.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
         assert at + data.numel() <= self.stop, f"{rows.shape[0]} rows from {start} on do not fit into {self}"
+        left = data.numpy().data
         try:
-            with self.file.open("r+b") as handle:
-                handle.seek(at)
-                handle.write(data.numpy().data)
+            with _opened(self.file, os.O_WRONLY) as number:
+                while left:
+                    written = os.pwrite(number, left, at)
+                    at, left = at + written, left[written:]
         except OSError as err:
-            if err.errno != errno.ENOSPC:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise ValueError(f"the disk is full while writing {self.file}; free space or choose another disk") from err
 
@@ -87,14 +90,23 @@ class StoredTensor:
         if not out.numel():
             return out
         into = out.view(-1).view(torch.uint8).numpy().data
-        with self.file.open("rb", buffering=0) as handle:
-            handle.seek(at)
+        with _opened(self.file, os.O_RDONLY) as number:
             while into:
-                got = handle.readinto(into)
+                got = os.preadv(number, [into], at)
                 if not got:
                     raise ValueError(f"{self.file} ended early while reading: it changed or was cut; fetch it again")
-                into = into[got:]
+                at, into = at + got, into[got:]
         return out
+
+
+@contextmanager
+def _opened(file: Path, flags: int) -> Iterator[int]:
+    """A file's descriptor, without the buffer and locks of Python's own files."""
+    number = os.open(file, flags | os.O_CLOEXEC)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
