@@ -1,0 +1,275 @@
+"""One rank's file of a Megatron checkpoint: a torch.save archive or safetensors, begun and opened without its values.
+
+What is in one: Megatron-LM's `megatron/training/checkpointing.py` (`generate_state_dict`). A torch.save archive is a
+zip whose entries are not compressed; where a storage's bytes lie in it torch tells itself (`skip_data` and
+`_checkpoint_offset`: "Serialization semantics" in torch's notes). The safetensors file holds the same names.
+"""
+
+import json
+import math
+import pickle
+import struct
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals, skip_data
+
+from convert.boxes import Meta
+from convert.stored import StoredTensor, begin_file, read_header
+
+CHECKPOINT_VERSION = 3.0
+"""Megatron's number of the order of rows in fused tensors; older orders are not read."""
+
+Key = tuple[int, str]
+"""Which chunk of the rank's model, and Megatron's name of the tensor in it."""
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A vector or matrix in a file whose elements do not lie one after another: a view that was saved as one."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    """Where its first element lies, in bytes."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) in their own memory, contiguous. The file is mapped, not read as a whole."""
+        assert 1 <= len(self.shape) <= 2, f"{self} has no rows"
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        end = self.start + (last + 1) * self.dtype.itemsize
+        mapped = torch.from_file(str(self.file), shared=False, size=end, dtype=torch.uint8)
+        elements = mapped[self.start :].view(self.dtype)
+        found = elements.as_strided(self.shape, self.strides)[start:stop]
+        return found.clone(memory_format=torch.contiguous_format)
+
+
+Found = StoredTensor | Strided
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """What one rank's file says, and where its tensors lie."""
+
+    file: Path
+    args: Mapping[str, Any]
+    checkpoint_version: float
+    iteration: int
+    chunks: int
+    tensors: Mapping[Key, Found]
+
+
+def begin_torch_file(file: Path, chunks: Sequence[Mapping[str, Meta]], args: Mapping[str, Any]) -> Mapping[Key, Found]:
+    """A torch.save archive of its full length whose values are not written yet (zeros that take no space).
+
+    Its checksums of values are 0, for they are known only later; torch does not look at them.
+    """
+    with FakeTensorMode():
+        states = [{name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in chunk.items()} for chunk in chunks]
+    content = {
+        "args": Namespace(**args),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": args.get("iteration", 0),
+    }
+    with skip_data(materialize_fake_tensors=True):
+        torch.save(content | dict(zip(_model_keys(len(chunks)), states, strict=True)), file)
+    return read_torch_file(file).tensors
+
+
+def begin_safetensors_file(
+    file: Path, chunks: Sequence[Mapping[str, Meta]], args: Mapping[str, Any]
+) -> Mapping[Key, Found]:
+    """A safetensors file of its full length whose values are not written yet."""
+    prefixes = [f"{key}/" if len(chunks) > 1 else "" for key in _model_keys(len(chunks))]
+    names = {prefix + name: (k, name) for k, prefix in enumerate(prefixes) for name in chunks[k]}
+    metas = {stored: chunks[k][name] for stored, (k, name) in names.items()}
+    metadata = {
+        "args": json.dumps(dict(args), default=_dtype_name),
+        "checkpoint_version": str(CHECKPOINT_VERSION),
+        "iteration": str(args.get("iteration", 0)),
+        "format": "pt",
+    }
+    tensors = begin_file(file, {stored: (meta.dtype, meta.shape) for stored, meta in metas.items()}, metadata)
+    return {names[stored]: tensor for stored, tensor in tensors.items()}
+
+
+def _model_keys(chunks: int) -> list[str]:
+    return ["model"] if chunks == 1 else [f"model{k}" for k in range(chunks)]
+
+
+def _dtype_name(value: object) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise TypeError(f"args hold {value!r}, which JSON cannot")
+
+
+def read_safetensors_file(file: Path) -> RankFile:
+    """A rank's safetensors file, from its header.
+
+    Raises:
+        ValueError: truncated, corrupt, or without the args that make it Megatron's.
+    """
+    stored = read_header(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        args = {key: _value(value) for key, value in json.loads(metadata["args"]).items()}
+        version, iteration = float(metadata["checkpoint_version"]), int(metadata["iteration"])
+    except SafetensorError as err:
+        raise ValueError(f"{file} is not a readable safetensors file ({err}); fetch it again") from err
+    except (KeyError, json.JSONDecodeError, AttributeError, ValueError) as err:
+        raise ValueError(
+            f"{file} does not say how its model is made and cut: its header holds no readable args, checkpoint_version "
+            f"and iteration ({type(err).__name__}: {err}); a checkpoint written by Loom does"
+        ) from err
+    tensors: dict[Key, Found] = {}
+    chunks = 1
+    for name, tensor in stored.items():
+        prefix, slash, below = name.partition("/")
+        chunk = int(prefix.removeprefix("model")) if slash else 0
+        chunks = max(chunks, chunk + 1)
+        tensors[chunk, below if slash else name] = tensor
+    return RankFile(file, args, version, iteration, chunks, tensors)
+
+
+def _value(value: Any) -> Any:
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+    return dtype if isinstance(dtype, torch.dtype) and value == str(dtype) else value
+
+
+class _Ignored:
+    """Stands in for an object of the file that says nothing of the weights. It takes anything and does nothing."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+HARMLESS = (
+    "_io.BytesIO",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.UInt32DType",
+    "signal.Signals",
+)
+"""What Megatron's files hold beside the weights, by name: states of random numbers and of Transformer Engine."""
+
+REAL: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    Namespace,
+    SimpleNamespace,
+    (PosixPath, "pathlib.PosixPath"),
+    (PosixPath, "pathlib._local.PosixPath"),
+]
+
+
+def read_torch_file(file: Path) -> RankFile:
+    """A rank's torch.save archive: its objects, and where its tensors lie. No class of the file is ever called.
+
+    Raises:
+        ValueError: truncated or corrupt, holds classes other than Megatron's own, or is no Megatron checkpoint.
+    """
+    storages = _storages(file)
+    with safe_globals([*REAL, *((_Ignored, name) for name in HARMLESS)]):
+        try:
+            unknown = get_unsafe_globals_in_checkpoint(file)
+            # Megatron's enumerations and options change with its versions; none of its code runs for a stand-in.
+            others = sorted(name for name in unknown if not name.startswith("megatron."))
+            if others:
+                raise ValueError(_why_refused(file, others))
+            with safe_globals([(_Ignored, name) for name in unknown]):
+                content = torch.load(file, map_location="meta", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError) as err:
+            reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+            raise ValueError(
+                f"{file} cannot be read without running code that it names, or is corrupt ({reason}); fetch it again, "
+                "or load it where it was written and save it with torch.save as tensors and plain values only"
+            ) from err
+    return _rank_file(file, content, storages)
+
+
+def _why_refused(file: Path, classes: list[str]) -> str:
+    return (
+        f"{file} holds objects of {', '.join(classes[:5])}{' ...' if len(classes) > 5 else ''}, which is not read: "
+        "making them would run code from the file. Tensors, plain values and Megatron's own options are read. Load it "
+        "with torch.load(..., weights_only=False) in the environment that wrote it, if you trust it, take those "
+        "objects out (most are in args) and save it again"
+    )
+
+
+def _rank_file(file: Path, content: object, storages: Mapping[int, int]) -> RankFile:
+    if not isinstance(content, dict) or "args" not in content:
+        found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{file} is no Megatron checkpoint that says how its model is made and cut: it has no args (found {found})"
+        )
+    args = content["args"] if isinstance(content["args"], dict) else vars(content["args"])
+    chunks = 0 if "model" in content else sum(f"model{k}" in content for k in range(len(content)))
+    states = [content.get(key) for key in _model_keys(chunks or 1)]
+    tensors: dict[Key, Found] = {}
+    for chunk, state in enumerate(states):
+        if not isinstance(state, dict):
+            raise ValueError(f"{file} holds no weights: neither model nor model0, model1 ... hold tensors by name")
+        for name, tensor in state.items():
+            if isinstance(tensor, torch.Tensor):
+                tensors[chunk, name] = _place(file, name, tensor, storages)
+            elif not name.endswith("_extra_state"):
+                raise ValueError(
+                    f"{file}: {name} is no tensor but {type(tensor).__name__}; only models of Megatron-core are read "
+                    "(a model saved before it has language_model here: convert it with Megatron's own tools first)"
+                )
+    version, iteration = content.get("checkpoint_version", 0), content.get("iteration", 0)
+    return RankFile(file, args, float(version or 0), int(iteration), len(states), tensors)
+
+
+def _place(file: Path, name: str, tensor: torch.Tensor, storages: Mapping[int, int]) -> Found:
+    """Where the values of a tensor lie that was loaded without them."""
+    storage = tensor.untyped_storage()
+    size, shape = tensor.dtype.itemsize, tuple(tensor.shape)
+    at = int(storage._checkpoint_offset or 0)  # not set on a storage without bytes
+    start = at + int(tensor.storage_offset()) * size
+    strides = tensor.stride()
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if tensor.numel() else -1
+    if tensor.numel() and start + (last + 1) * size > at + storages.get(at, -1):
+        raise ValueError(f"{file} is corrupt: {name} does not lie within a storage of the archive; fetch it again")
+    if tensor.is_contiguous():
+        return StoredTensor(file, tensor.dtype, shape, start, start + math.prod(shape) * size)
+    return Strided(file, tensor.dtype, shape, strides, start)
+
+
+def _storages(file: Path) -> dict[int, int]:
+    """Where the archive's own list says that entries lie: bytes from the start of the file, and their length."""
+    try:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
+            found = {}
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{file}: {entry.filename} is compressed, which torch.save does not do")
+                handle.seek(entry.header_offset + 26)  # the lengths of name and padding before the bytes
+                name, padding = struct.unpack("<HH", handle.read(4))
+                found[entry.header_offset + 30 + name + padding] = entry.file_size
+                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                    raise ValueError(f"{file} is big-endian; save it again on a little-endian machine")
+                if entry.filename.endswith("/data.pkl"):
+                    archive.read(entry)  # checks its checksum
+            return found
+    except (zipfile.BadZipFile, struct.error, EOFError) as err:
+        raise ValueError(
+            f"{file} is truncated, corrupt or no archive of torch.save ({err}); fetch it again. (One from before "
+            "torch 1.6 has to be saved again by a newer torch.)"
+        ) from err
