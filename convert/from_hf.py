@@ -1,15 +1,19 @@
-"""Weights of a Hugging Face folder under Loom's names, one parameter at a time."""
+"""A Hugging Face folder, opened: its weights by rows, checked against its own config.json from the headers alone."""
 
+import dataclasses
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from convert.boxes import Columns, Meta
 from convert.hf_files import StoredTensor, read_folder
-from models import FAMILIES, build
+from convert.opened import Opened
+from models import FAMILIES, build, config_from_hf_folder
 from models.config import ModelConfig
-from models.init import InitSource
 from models.rules import Rule, Tie, Unused
 from parallel.sharding import shard_of
 
@@ -35,80 +39,97 @@ def weight_rules(cfg: ModelConfig) -> tuple[dict[str, Rule], set[str]]:
     return rules, repeated
 
 
-class HFSource:
-    """Whole weights by Loom's names from a Hugging Face folder. Reads headers at once, values when asked.
+def hf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every Hugging Face tensor of a model, in the model's order; ties are not repeated."""
+    shapes, rules = whole_shapes(cfg), weight_rules(cfg)[0]
+    return {hf: shape for ours, rule in rules.items() for hf, shape in rule.hf_shapes(shapes[ours]).items()}
 
-    A scalar head whose weights the folder lacks (a language model becoming a reward model) is drawn from `seed`.
-    """
 
-    def __init__(self, folder: str | Path, cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self.cfg, self.dtype = Path(folder), cfg, dtype
-        self._stored = read_folder(folder)
-        self._rules, self._repeated = weight_rules(cfg)
-        self._fresh: InitSource | None = None
-        if cfg.head == "scalar" and "score.weight" not in self._stored:
-            self._fresh = InitSource(cfg, seed)
+class Folder:
+    """The tensors of a Hugging Face folder that a model has a place for. Is `Tensors`."""
 
-    def check(self) -> None:
-        """Compare every name and shape with the model, from the headers alone.
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self.metas = {hf: Meta(tensor.dtype, tensor.shape) for hf, tensor in stored.items()}
+
+    def rows(self, hf: str, start: int, stop: int, columns: Columns | None = None) -> torch.Tensor:
+        """Rows [start, stop) of one tensor in its own dtype and memory, all columns or some.
 
         Raises:
-            ValueError: tensors are missing, have another shape, or belong to another model; names the first five.
+            ValueError: the file ended early.
         """
-        found = self._shape_problems()
-        expected = {name for rule in self._rules.values() for name in rule.sources}
-        allowed = expected | self._repeated | ({"lm_head.weight", "score.weight"} - expected)
-        unused = [name for name in self._stored if name not in allowed and not _is_buffer(name)]
-        unused = self._leave_out(unused)
-        if unused:
-            found.append(f"{len(unused)} tensors have no place in the model:{_first(unused)}")
-        if found:
-            raise ValueError(
-                f"the weights in {self.folder} do not fit the model (family {self.cfg.family}, "
-                f"{self.cfg.num_layers} layers, hidden size {self.cfg.hidden_size}):\n"
-                + "\n".join(found)
-                + "\nUse model=hf to take the sizes from the folder's own config.json; if they do already, "
-                "its config.json and weights belong to different models: fetch the folder again."
-            )
-        if self._fresh is not None:
-            warnings.warn(f"{self.folder} has no score.weight: the scalar head starts from fresh weights", stacklevel=2)
+        stored = self._stored[hf]
+        if columns is None or columns == (0, *stored.row_shape):
+            return stored.rows(start, stop)
+        return _strip(stored, start, stop, columns)
 
-    def _leave_out(self, names: list[str]) -> list[str]:
-        """`names` without those the family knows to have no place in the model, which are told in a warning."""
-        for rule in FAMILIES[self.cfg.family].rules(self.cfg):
-            known = [name for name in names if name.startswith(rule.prefix)] if isinstance(rule, Unused) else []
-            if isinstance(rule, Unused) and known:
-                told = f"{self.folder}: {len(known)} tensors {rule.prefix}* are left out ({rule.why})"
-                warnings.warn(told, stacklevel=3)
-                names = [name for name in names if name not in set(known)]
-        return names
 
-    def _shape_problems(self) -> list[str]:
-        missing: list[str] = []
-        unequal: list[str] = []
-        shapes = whole_shapes(self.cfg)
-        for name, rule in self._rules.items():
-            if self._fresh is not None and name == "head.weight":
-                continue
-            for hf_name, shape in rule.hf_shapes(shapes[name]).items():
-                stored = self._stored.get(hf_name)
-                if stored is None:
-                    missing.append(hf_name)
-                elif stored.shape != shape:
-                    unequal.append(f"{hf_name}: {list(stored.shape)} in the file, {list(shape)} by the config")
-        found = [f"{len(missing)} tensors are missing:{_first(missing)}"] if missing else []
-        return found + ([f"{len(unequal)} tensors have another shape:{_first(unequal)}"] if unequal else [])
+def _strip(stored: StoredTensor, start: int, stop: int, columns: Columns) -> torch.Tensor:
+    """Some columns of some rows. The file is mapped: no more than these are copied out of its cache."""
+    if stored.file.stat().st_size < stored.stop:
+        raise ValueError(f"{stored.file} ended early while reading: it changed or was cut; fetch it again")
+    size = stored.dtype.itemsize
+    row = math.prod(stored.row_shape) * size
+    mapped = np.memmap(stored.file, np.uint8, "r", stored.start + start * row, (stop - start, row))
+    return torch.from_numpy(np.array(mapped[:, columns[0] * size : columns[1] * size])).view(stored.dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of our parameter `name`, on the CPU."""
-        if self._fresh is not None and name == "head.weight":
-            return self._fresh.tensor(name).to(self.dtype)
-        rule = self._rules[name]
-        return rule.to_ours({source: self._stored[source].read() for source in rule.sources}).to(self.dtype)
 
-    def stored(self, name: str) -> tuple[StoredTensor, ...]:
-        """Where the Hugging Face tensors behind our parameter `name` lie."""
-        return tuple(self._stored[source] for source in self._rules[name].sources)
+def open_hf(folder: str | Path) -> Opened:
+    """A Hugging Face folder, its names and shapes checked against its config.json.
+
+    Raises:
+        ValueError: no readable config.json or weights, a family that is not here, or weights of another model.
+    """
+    folder = Path(folder)
+    cfg, stored = config_from_hf_folder(folder), read_folder(folder)
+    scores = "score.weight" in stored and "lm_head.weight" not in stored
+    if cfg.head == "lm" and scores and not cfg.tied_embeddings:
+        cfg = dataclasses.replace(cfg, head="scalar")  # a reward model whose config.json does not say so
+    names = fitting(folder, cfg, {hf: tensor.shape for hf, tensor in stored.items()})
+    return Opened(folder, "hugging_face", cfg, Folder({hf: stored[hf] for hf in names}), folder)
+
+
+def fitting(where: Path, cfg: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The names a model takes of the tensors found somewhere, in the model's order; every one of them has its shape.
+
+    A scalar head may be missing: it starts from fresh weights. Tensors known to have no place are told in a warning.
+
+    Raises:
+        ValueError: tensors are missing, have another shape, or belong to another model; names the first five.
+    """
+    expected = hf_shapes(cfg)
+    fresh = {"score.weight"} - set(found) if cfg.head == "scalar" else set()
+    missing = [name for name in expected if name not in found and name not in fresh]
+    unequal = [
+        f"{name}: {list(found[name])} in the file, {list(shape)} by the config"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    allowed = {*expected, *weight_rules(cfg)[1], "lm_head.weight", "score.weight"}
+    unused = _leave_out(where, cfg, [name for name in found if name not in allowed and not _is_buffer(name)])
+    problems = [f"{len(missing)} tensors are missing:{_first(missing)}"] if missing else []
+    problems += [f"{len(unequal)} tensors have another shape:{_first(unequal)}"] if unequal else []
+    problems += [f"{len(unused)} tensors have no place in the model:{_first(unused)}"] if unused else []
+    if problems:
+        raise ValueError(
+            f"the weights in {where} do not fit the model (family {cfg.family}, "
+            f"{cfg.num_layers} layers, hidden size {cfg.hidden_size}):\n"
+            + "\n".join(problems)
+            + "\nUse model=hf to take the sizes from the folder's own config; if they do already, "
+            "its config and weights belong to different models: fetch the folder again."
+        )
+    return [name for name in expected if name not in fresh]
+
+
+def _leave_out(where: Path, cfg: ModelConfig, names: list[str]) -> list[str]:
+    """`names` without those the family knows to have no place in the model, which are told in a warning."""
+    for rule in FAMILIES[cfg.family].rules(cfg):
+        known = [name for name in names if name.startswith(rule.prefix)] if isinstance(rule, Unused) else []
+        if isinstance(rule, Unused) and known:
+            told = f"{where}: {len(known)} tensors {rule.prefix}* are left out ({rule.why})"
+            warnings.warn(told, stacklevel=4)
+            names = [name for name in names if name not in set(known)]
+    return names
 
 
 def _first(lines: Iterable[str]) -> str:
@@ -120,17 +141,3 @@ def _first(lines: Iterable[str]) -> str:
 def _is_buffer(name: str) -> bool:
     # Old Llama checkpoints store the rotary frequencies, which follow from the config.
     return name.endswith("rotary_emb.inv_freq")
-
-
-def iter_from_hf(
-    folder: str | Path, cfg: ModelConfig, names: Iterable[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our parameters (all, or `names`) with their whole fp32 tensors, one at a time, checked beforehand.
-
-    Raises:
-        ValueError: see `HFSource.check`.
-    """
-    source = HFSource(folder, cfg)
-    source.check()
-    for name in whole_shapes(cfg) if names is None else names:
-        yield name, source.tensor(name)

@@ -24,3 +24,5 @@ class Opened:
     """Where config.json, generation_config.json and the tokenizer's files lie; None where there are none."""
     layout: Layout | None = None
     """How it is cut, where it is Megatron's."""
+    chat_template: Path | None = None
+    """A file with the chat template the model was trained with, where that is not the one in `files`."""

@@ -18,6 +18,7 @@ import torch
 
 from models.config import ModelConfig
 from models.decoder import build
+from parallel.materialise import TensorSource
 from parallel.sharding import init_of, shard_of
 
 
@@ -33,7 +34,7 @@ def init_tensor(name: str, shape: tuple[int, ...], rule: str, seed: int, cfg: Mo
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
 
-class InitSource:
+class InitSource(TensorSource):
     """Fresh weights, parameter by parameter."""
 
     def __init__(self, cfg: ModelConfig, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Fill a meta-device model from a source of whole tensors, cutting each one for this rank (and for ZeRO-3, at once)."""
+"""Fill a meta-device model with this rank's parts of the weights (for ZeRO-3, partitioned at once)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from parallel.sharding import Cut, name_of
+from parallel.sharding import REPLICATED, WHOLE, Cut, Shard, name_of, shard_of
 
 
 class TensorSource(Protocol):
-    """Whole (uncut) weights by Loom's parameter names: a checkpoint, a Hugging Face folder, or the initialiser."""
+    """Weights by Loom's parameter names: files of any layout, a checkpoint, or the initialiser."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor of parameter or buffer ``name``, any float type, on the CPU."""
+        """The whole (uncut) tensor of parameter or buffer ``name``, any float type, on the CPU."""
         ...
 
+    def part(self, name: str, shard: Shard, cut: Cut) -> torch.Tensor:
+        """What ``cut`` gives of it. Unless a source knows better, all of it is made, then cut; files read a part only.
 
-def fill_(param: nn.Parameter, whole: torch.Tensor, cut: Cut, device: torch.device) -> None:
+        Where ranks hold rows that are none of the whole (``shard.pad``), those are zeros.
+        """
+        whole = self.tensor(name)
+        local = shard.slice(whole, cut)
+        return local.clone() if local.numel() < whole.numel() else local  # a view would keep the whole in memory
+
+
+def fill_(param: nn.Parameter, local: torch.Tensor, device: torch.device) -> None:
     """Turn a meta parameter into real fp32 values in place, keeping its identity (ties) and its attributes.
 
     Args:
-        param: a parameter on the meta device carrying ``param.shard``.
-        whole: the uncut tensor.
-        cut: which part of it this rank holds.
+        param: a parameter on the meta device.
+        local: this rank's part of it.
         device: where the values will live.
     """
     attributes = dict(param.__dict__)
-    local = param.__dict__["shard"].slice(whole, cut).to(device=device, dtype=torch.float32)
     assert local.shape == param.shape, f"source gave {tuple(local.shape)} for a parameter of shape {tuple(param.shape)}"
-    fresh = nn.Parameter(local.contiguous(), requires_grad=param.requires_grad)
+    values = local.to(device=device, dtype=torch.float32).contiguous()
+    fresh = nn.Parameter(values, requires_grad=param.requires_grad)
     torch.utils.swap_tensors(param, fresh)
     vars(param).update(attributes)
 
@@ -53,13 +61,13 @@ def materialise(
     for module in model.modules():
         fresh = [p for p in module.parameters(recurse=False) if id(p) not in done]
         for param in fresh:
-            fill_(param, source.tensor(names[id(param)]), cut, device)
+            fill_(param, source.part(names[id(param)], shard_of(param), cut), device)
             done.add(id(param))
         if fresh and zero_config is not None:
             partition_leaf(module, zero_config, zero_group)
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
-            whole = source.tensor(name).to(device=device, dtype=torch.float32, copy=True)
+            whole = source.part(name, REPLICATED, WHOLE).to(device=device, dtype=torch.float32, copy=True)
             assert whole.shape == buffer.shape, f"source gave {tuple(whole.shape)} for buffer {name}"
             setattr(module, name.rpartition(".")[2], whole)
 

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from convert.from_hf import HFSource
-from models import Decoder, Runtime, build, config_from_hf_folder
+from convert.from_hf import open_hf
+from convert.source import Source
+from models import Decoder, Runtime, build
 from parallel.materialise import materialise
 from parallel.sharding import SINGLE, WHOLE
 
@@ -35,11 +36,9 @@ TEXTS = (
 
 def load_ours(folder: str, attention: Any) -> Decoder:
     """The decoder with the folder's weights, fp32 on the CPU."""
-    cfg = config_from_hf_folder(folder)
-    source = HFSource(folder, cfg)
-    source.check()
-    model = build(cfg, SINGLE, Runtime(attention=attention))
-    materialise(model, source, WHOLE, torch.device("cpu"))
+    opened = open_hf(folder)
+    model = build(opened.cfg, SINGLE, Runtime(attention=attention))
+    materialise(model, Source(opened, opened.cfg), WHOLE, torch.device("cpu"))
     return model
 
 

@@ -151,7 +151,7 @@ def train(
     saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
     engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3), layout)
     if saved:
-        saved.restore(engine, groups)
+        checkpoint.restore(saved, engine, groups)
     stage = NextToken(len(NAMES))
     routers = RouterBook(engine.chunks, len(NAMES))
     if saved:

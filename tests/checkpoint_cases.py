@@ -79,7 +79,7 @@ def restored(folder: str, zero: Any, precision: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     saved = checkpoint.Checkpoint(found)
     engine = make_engine(TINY, EngineConfig(zero=zero, precision=precision), OPTIM, groups, saved)
-    saved.restore(engine, groups)
+    checkpoint.restore(saved, engine, groups)
     return _everything(engine, groups)
 
 

@@ -13,13 +13,13 @@ from models import build
 from models.init import InitSource
 from parallel.config import EngineConfig
 from parallel.ds_config import ds_config
-from parallel.materialise import materialise
+from parallel.materialise import TensorSource, materialise
 from tests.cases import TINY, here
 from tests.engine_cases import tiny_engine
 from trainer.optim import decay_groups
 
 
-class CountedSource:
+class CountedSource(TensorSource):
     """Whole tensors whose memory is watched: the most bytes that were alive when another one was asked for."""
 
     def __init__(self, source: Any):

@@ -16,7 +16,7 @@ from models.routing import RouterBook, RouterReport
 from parallel.config import ParallelConfig
 from parallel.context import token_ranges
 from parallel.groups import Groups, LauncherRanks, build_groups
-from parallel.materialise import materialise
+from parallel.materialise import TensorSource, materialise
 from parallel.sharding import SINGLE, WHOLE, Cut, Place, is_partial, shard_of
 
 MIXTRAL = MoEConfig(num_experts=8, top_k=2, expert_size=24, balance_loss=0.1, z_loss=0.01)
@@ -37,7 +37,7 @@ def config(moe: MoEConfig) -> ModelConfig:
     return ModelConfig("qwen3_moe", 64, 32, 48, 2, 4, 2, 8, 64, moe=moe, init_std=0.2)
 
 
-class BiasedSource:
+class BiasedSource(TensorSource):
     """Fresh weights, with correction biases that send tokens where `bias` says (all layers alike)."""
 
     def __init__(self, cfg: ModelConfig, bias: Sequence[float] | None) -> None:

@@ -120,7 +120,7 @@ def overlapped(sequence_parallel: bool) -> list[str]:
     """The order of events in a column layer's backward."""
     place = here(sequence_parallel)
     layer = ColumnLinear(8, (12,), False, "normal", place)
-    fill_(layer.weight, torch.ones(12, 8), place.cut, CPU)
+    fill_(layer.weight, torch.ones(layer.weight.shape), CPU)
     events: list[str] = []
     starts = {name: getattr(tensor_linear, name) for name in ("start_all_reduce", "start_scatter_rows")}
     product = tensor_linear.weight_gradient

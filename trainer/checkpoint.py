@@ -1,5 +1,7 @@
 """Checkpoints that belong to the model: flat fp32 pieces of named parameters and their AdamW states.
 
+Saving and resuming stand here; `convert.loom_files` reads them.
+
     checkpoints/
       latest                       name of the newest complete checkpoint
       step_0000100/
@@ -18,42 +20,16 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from convert.loom_files import FORMAT, STATE, Checkpoint, Saved, checkpoints_in, find_latest, step_of
 from parallel.engine import Engine
 from parallel.groups import Groups
-from parallel.sharding import Cut, Shard
-
-FORMAT = 2
-STATE = "state.json"
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete checkpoints below ``folder``, oldest first."""
-    complete = [path for path in folder.glob("step_*") if path.name[5:].isdigit() and (path / STATE).is_file()]
-    return sorted(complete, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
-
-
-def find_latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint: the one ``latest`` names, or the newest on disk if that one is gone."""
-    marker = folder / "latest"
-    if marker.is_file():
-        named = folder / marker.read_text().strip()
-        if (named / STATE).is_file():
-            return named
-    complete = checkpoints_in(folder)
-    return complete[-1] if complete else None
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -168,33 +144,13 @@ def _index(pieces: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return names
 
 
-@dataclass(frozen=True)
-class Saved:
-    """How one tensor lies in a checkpoint."""
-
-    shape: tuple[int, ...]
-    shard: Shard
-    cuts: tuple[Cut, ...]
-    pieces: tuple[tuple[int, int, int, int], ...]
-    """(rank, cut, start, numel)"""
-
-    @staticmethod
-    def of(entry: dict[str, Any]) -> Saved:
-        """From the entry in ``state.json``."""
-        about = dict(entry["shard"])
-        about |= {key: tuple(about[key]) for key in ("parts", "units")}
-        shard = Shard(**about)
-        pieces = tuple((rank, cut, start, numel) for rank, cut, start, numel in entry["pieces"])
-        return Saved(tuple(entry["shape"]), shard, tuple(shard.cuts(entry["tp"], entry["ep"])), pieces)
-
-
 def _prune(folder: Path, step: int, keep_last: int) -> None:
     """Remove checkpoints before ``step`` beyond the last few.
 
     Later steps are of a run that lay here before this one started over or went back; they are left alone, for counted
     among the last few they would push out what was just written.
     """
-    done = [path for path in checkpoints_in(folder) if _step_of(path) <= step]
+    done = [path for path in checkpoints_in(folder) if step_of(path) <= step]
     for old in done[:-keep_last]:
         doomed = old.with_name(old.name + ".deleting")
         try:
@@ -204,104 +160,13 @@ def _prune(folder: Path, step: int, keep_last: int) -> None:
             warnings.warn(f"the old checkpoint {old} could not be removed: {error}", stacklevel=2)
 
 
-class Checkpoint:
-    """A saved checkpoint, read by range. Also a ``TensorSource`` of whole weights.
-
-    Raises:
-        ValueError: the folder is no checkpoint, or of another format.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
-            found = self.state["format"]
-        except (OSError, ValueError, TypeError, KeyError) as error:  # no file, no text, no JSON, another's JSON
-            raise ValueError(
-                f"{folder} is not a Loom checkpoint: {STATE}: {error}. Name a complete step_* folder of a run."
-            ) from error
-        if found != FORMAT:
-            raise ValueError(
-                f"{folder} has checkpoint format {found}; this version of Loom reads {FORMAT}. Resume with the version "
-                "that wrote it, or set run.resume=never."
-            )
-        self.tensors = {name: Saved.of(entry) for name, entry in self.state["tensors"].items()}
-        ranks = {rank for saved in self.tensors.values() for rank, *_ in saved.pieces}
-        gone = [path.name for rank in sorted(ranks) if not (path := self._path(rank)).is_file()]
-        if gone:
-            raise ValueError(
-                f"{folder} is not whole: {', '.join(gone[:5])} missing. "
-                "Resume from another checkpoint with run.resume=PATH."
-            )
-        self._files: dict[int, Any] = {}
-        self._last: tuple[tuple[str, str], torch.Tensor] | None = None
-
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank:05d}.safetensors"
-
-    def _open(self, rank: int) -> Any:
-        if rank not in self._files:
-            path = self._path(rank)
-            try:
-                self._files[rank] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"cannot read {path}: {error}. Resume from an earlier checkpoint with run.resume=PATH."
-                ) from error
-        return self._files[rank]
-
-    def names(self) -> list[str]:
-        """Parameter names, in the model's order."""
-        return list(self.tensors)
-
-    def _range(self, kind: str, name: str, cut: int, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of the flattened part that a cut gives, fp32."""
-        out = torch.empty(numel, dtype=torch.float32)
-        for rank, of, at, size in self.tensors[name].pieces:
-            low, high = max(start, at), min(start + numel, at + size)
-            if of == cut and low < high:
-                piece = self._open(rank).get_slice(f"{kind}/{name}@{cut}:{at}")
-                out[low - start : high - start] = piece[low - at : high - at]
-        return out
-
-    def read_range(self, kind: str, name: str, cut: Cut, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of the flattened part that ``cut`` gives of a tensor, fp32.
-
-        Where the checkpoint is cut alike, no more than these is read.
-        """
-        saved = self.tensors[name]
-        own = saved.shard.own(cut)
-        if own in saved.cuts:
-            return self._range(kind, name, saved.cuts.index(own), start, numel)
-        return saved.shard.slice(self.whole(kind, name), own).reshape(-1)[start : start + numel]
-
-    def whole(self, kind: str, name: str) -> torch.Tensor:
-        """One whole tensor, fp32; the last one is kept for the next range of it."""
-        if self._last is None or self._last[0] != (kind, name):
-            saved = self.tensors[name]
-            parts = {}
-            for i, cut in enumerate(saved.cuts):
-                shape = torch.Size(saved.shard.local_shape(saved.shape, cut))
-                parts[cut] = self._range(kind, name, i, 0, shape.numel()).view(shape)
-            self._last = (kind, name), saved.shard.merge(parts)
-        return self._last[1]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole weight, fp32."""
-        return self.whole("param", name)
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every whole weight, one at a time."""
-        return ((name, self.tensor(name)) for name in self.names())
-
-    def restore(self, engine: Engine, groups: Groups) -> None:
-        """Fill this rank's optimizer states; the weights came through ``tensor`` when the engine was built."""
-        for piece in engine.fragments(once=False):
-            for kind, view in piece.states.items():
-                view.copy_(self.read_range(kind, piece.name, piece.cut, piece.start, view.numel()))
-        engine.optimizer_steps = self.state["optimizer_steps"]
-        engine.loss_scale.restore(self.state["loss_scale"])
-        if self.state["world"] == groups.world:
-            torch.set_rng_state(self._open(groups.rank).get_tensor("rng"))
-        self._files.clear()
-        self._last = None
+def restore(saved: Checkpoint, engine: Engine, groups: Groups) -> None:
+    """Fill this rank's optimizer states; the weights came through ``part`` when the engine was built."""
+    for piece in engine.fragments(once=False):
+        for kind, view in piece.states.items():
+            view.copy_(saved.read_range(kind, piece.name, piece.cut, piece.start, view.numel()))
+    engine.optimizer_steps = saved.state["optimizer_steps"]
+    engine.loss_scale.restore(saved.state["loss_scale"])
+    if saved.state["world"] == groups.world:
+        torch.set_rng_state(saved.random_state(groups.rank))
+    saved.forget()

@@ -17,7 +17,8 @@ from torch import nn
 
 import data.pipeline
 import models
-from convert.from_hf import HFSource
+from convert.from_hf import open_hf
+from convert.source import Source
 from data.batch import MicroBatch
 from data.gate import GateError
 from data.peers import Peers
@@ -85,7 +86,7 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
         engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len)
         routers = RouterBook(engine.chunks, len(corpus.channels))
         if saved:
-            saved.restore(engine, groups)
+            checkpoint.restore(saved, engine, groups)
             routers.restore(*saved.state["routers"])
         trainer = Trainer(
             cfg=cfg,
@@ -135,7 +136,7 @@ def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 def _fresh_weights(cfg: RunConfig) -> TensorSource:
     if cfg.init_from is None:
         return InitSource(cfg.model, cfg.run.seed)
-    source = HFSource(Path(cfg.init_from), cfg.model)
+    source = Source(open_hf(cfg.init_from), cfg.model, cfg.run.seed)
     source.check()
     return source
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from convert.from_hf import HFSource
+from convert.from_hf import open_hf
+from convert.source import Source
 from models import FAMILIES, Decoder, ModelConfig, RopeConfig, Runtime, build, config_from_hf_folder
 from parallel.materialise import materialise
 from parallel.sharding import SINGLE, WHOLE
@@ -87,7 +88,7 @@ def save_theirs(cfg: ModelConfig, folder: Path) -> Any:
 
 def load_ours(folder: Path, cfg: ModelConfig, runtime: Runtime) -> Decoder:
     assert dataclasses.replace(config_from_hf_folder(folder), init_std=cfg.init_std) == cfg
-    source = HFSource(folder, cfg)
+    source = Source(open_hf(folder), cfg)
     source.check()
     model = build(cfg, SINGLE, runtime)
     materialise(model, source, WHOLE, torch.device("cpu"))
@@ -165,7 +166,7 @@ def test_gradients(tmp_path: Path, option: str, recompute: Any) -> None:
         for theirs_param in theirs.parameters():
             theirs_param.copy_(torch.zeros_like(theirs_param) if theirs_param.grad is None else theirs_param.grad)
     theirs.save_pretrained(tmp_path / "gradients")
-    grads = HFSource(tmp_path / "gradients", cfg)
+    grads = Source(open_hf(tmp_path / "gradients"), cfg)
     for name, param in ours.named_parameters():
         want = grads.tensor(name)
         assert param.grad is not None

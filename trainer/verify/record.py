@@ -22,6 +22,7 @@ from models.routing import RouterBook
 from parallel.context import token_ranges
 from parallel.engine import Engine
 from parallel.groups import Groups
+from parallel.materialise import TensorSource
 from parallel.sharding import Cut, Place, Shard, init_of, is_partial
 from trainer.config import RunConfig
 from trainer.logging.log import NullLog
@@ -138,7 +139,7 @@ def _ranges(engine: Engine, kind: str, factor: float = 1.0) -> list[Range]:
     return found
 
 
-class UnevenSource:
+class UnevenSource(TensorSource):
     """Fresh weights in which norms are not all 1 and biases not all 0: those would hide a bias that is added twice."""
 
     def __init__(self, cfg: ModelConfig, seed: int) -> None:

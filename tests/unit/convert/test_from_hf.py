@@ -1,14 +1,19 @@
 """Weights of a folder under our names, and every way a folder can fail to fit the config."""
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.from_hf import HFSource, iter_from_hf, weight_rules, whole_shapes
-from convert.hf_files import SINGLE, StoredTensor
+from convert.boxes import Meta
+from convert.from_hf import open_hf, weight_rules, whole_shapes
+from convert.hf_files import SINGLE, StoredTensor, read_folder
+from convert.source import Source
 from convert.to_hf import export
 from models import ModelConfig
 from models.config import MLAConfig, MoEConfig
@@ -70,7 +75,7 @@ def test_every_parameter_has_one_rule_and_no_rule_is_left(variant: str) -> None:
 def test_round_trip_is_exact(tmp_path: Path, variant: str) -> None:
     cfg = VARIANTS[variant]
     source = InitSource(cfg, 0)
-    found = dict(iter_from_hf(write(tmp_path / "hf", cfg), cfg))
+    found = dict(Source(open_hf(write(tmp_path / "hf", cfg)), cfg).weights())
     assert set(found) == set(whole_shapes(cfg))
     assert all(torch.equal(tensor, source.tensor(name)) for name, tensor in found.items())
 
@@ -78,14 +83,15 @@ def test_round_trip_is_exact(tmp_path: Path, variant: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loads_into_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
     source = InitSource(CFG, 0)
-    for name, tensor in iter_from_hf(write(tmp_path / "hf", CFG, dtype), CFG):
+    for name, tensor in Source(open_hf(write(tmp_path / "hf", CFG, dtype)), CFG).weights():
         assert tensor.dtype is torch.float32
         assert torch.equal(tensor, source.tensor(name).to(dtype).float())
 
 
-def told(folder: Path, cfg: ModelConfig = CFG) -> str:
+def told(folder: Path, cfg: ModelConfig | None = None) -> str:
     with pytest.raises(ValueError) as caught:
-        HFSource(folder, cfg).check()
+        opened = open_hf(folder)
+        Source(opened, cfg or opened.cfg).check()
     return str(caught.value)
 
 
@@ -106,7 +112,11 @@ def test_other_shapes_are_named_with_both(tmp_path: Path) -> None:
 
 
 def test_tensors_of_another_model_are_named(tmp_path: Path) -> None:
-    message = told(write(tmp_path / "hf", VARIANTS["llama_biases"]))
+    folder = write(tmp_path / "hf", VARIANTS["llama_biases"])
+    message = told(folder, CFG)
+    write(tmp_path / "plain", CFG)
+    (folder / "config.json").write_bytes((tmp_path / "plain" / "config.json").read_bytes())
+    assert told(folder) == message, "opening and checking against a model say the same"
     assert "14 tensors have no place in the model:" in message
     assert "model.layers.0.self_attn.q_proj.bias" in message and "... and 9 more" in message
 
@@ -123,18 +133,23 @@ def test_all_kinds_are_told_together(tmp_path: Path) -> None:
 def test_tied_checkpoint_may_repeat_the_head_and_old_ones_hold_frequencies(tmp_path: Path) -> None:
     folder = write(tmp_path / "hf", VARIANTS["qwen2"])
     edit(folder, lm_head__weight=torch.zeros(40, 16), model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(2))
-    source = HFSource(folder, VARIANTS["qwen2"])
+    source = Source(open_hf(folder), VARIANTS["qwen2"])
     source.check()
+    assert set(source.opened.tensors.metas) == set(read_folder(folder)) - {
+        "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"
+    }  # fmt: skip
     assert source.tensor("embed.weight").any(), "the repeated head's zeros were taken for the embedding"
 
 
 def test_check_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = HFSource(write(tmp_path / "hf", CFG), CFG)
+    folder = write(tmp_path / "hf", CFG)
 
-    def refuse(_: StoredTensor) -> torch.Tensor:
+    def refuse(*_: object) -> torch.Tensor:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(StoredTensor, "read", refuse)
+    monkeypatch.setattr(StoredTensor, "_read", refuse)
+    monkeypatch.setattr(np, "memmap", refuse)
+    source = Source(open_hf(folder), CFG)
     source.check()
     with pytest.raises(AssertionError, match="was read"):
         source.tensor("norm.weight")
@@ -143,8 +158,38 @@ def test_check_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_scalar_head_on_a_language_model_starts_fresh(tmp_path: Path) -> None:
     folder = write(tmp_path / "hf", CFG)
     cfg = dataclasses.replace(CFG, head="scalar")
-    source = HFSource(folder, cfg, seed=7)
+    source = Source(open_hf(folder), cfg, seed=7)
     with pytest.warns(UserWarning, match="scalar head starts from fresh weights"):
         source.check()
     assert torch.equal(source.tensor("head.weight"), InitSource(cfg, 7).tensor("head.weight"))
     assert torch.equal(source.tensor("norm.weight"), torch.ones(16))
+
+
+def test_a_reward_model_whose_config_does_not_say_so(tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", VARIANTS["scalar"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    opened = open_hf(folder)
+    assert opened.cfg.head == "scalar" and opened.tensors.metas["score.weight"].shape == (1, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strips_of_a_tensor_are_its_rows_and_columns(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write(tmp_path / "hf", CFG, dtype)
+    name, tensors = "model.layers.1.mlp.down_proj.weight", open_hf(folder).tensors
+    whole = load_file(folder / SINGLE)[name]
+    assert tensors.metas[name] == Meta(dtype, (16, 24))
+    for start, stop, columns in [(0, 16, None), (3, 7, None), (3, 7, (0, 24)), (3, 7, (5, 6)), (0, 16, (12, 24))]:
+        found = tensors.rows(name, start, stop, columns)
+        assert found.dtype is dtype and torch.equal(found, whole[start:stop, slice(*(columns or (0, 24)))])
+        found.fill_(1)  # its own memory, or this fails
+
+
+def test_a_file_cut_short_after_it_was_opened_is_told(tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", CFG)
+    tensors = open_hf(folder).tensors
+    last = max(read_folder(folder).items(), key=lambda item: item[1].stop)[0]
+    os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size - 4)
+    for columns in (None, (0, 2)):
+        with pytest.raises(ValueError, match="ended early while reading"):
+            tensors.rows(last, 0, tensors.metas[last].shape[0], columns)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from convert.from_hf import HFSource, iter_from_hf, whole_shapes
+from convert.from_hf import open_hf, whole_shapes
+from convert.source import Source
 from convert.to_hf import export
 from models import FAMILIES, ModelConfig, build, config_from_hf_folder, problems
 from models.init import InitSource
@@ -78,13 +79,13 @@ def test_export_loads_with_equal_logits_and_comes_back_exactly(tmp_path: Path, f
     theirs, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ours = build(cfg)
-    materialise(ours, HFSource(folder, cfg), WHOLE, torch.device("cpu"))
+    materialise(ours, Source(open_hf(folder), cfg), WHOLE, torch.device("cpu"))
     tokens = torch.randint(0, cfg.vocab_size, (40,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, got = theirs(tokens[None]).logits[0], ours(tokens, torch.arange(40), [0, 40], output="head")
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    for (name, before), (other, after) in zip(weights(cfg), iter_from_hf(folder, cfg), strict=True):
+    for (name, before), (other, after) in zip(weights(cfg), Source(open_hf(folder), cfg).weights(), strict=True):
         assert name == other and torch.equal(before, after), name
 
 
@@ -95,11 +96,11 @@ def test_prediction_layers_are_left_out_with_a_word_and_nothing_else_is(tmp_path
     extra = {"model.layers.3.eh_proj.weight": torch.zeros(2), "model.layers.3.mlp.gate.weight": torch.zeros(2)}
     save_file(stored | extra, file)
     with pytest.warns(UserWarning, match=r"2 tensors model\.layers\.3\.\* are left out \(multi-token prediction"):
-        HFSource(tmp_path / "hf", cfg).check()
+        open_hf(tmp_path / "hf")
     save_file(stored | {"model.layers.30.eh_proj.weight": torch.zeros(2)}, file)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="1 tensors have no place in the model"):
         warnings.simplefilter("error")
-        HFSource(tmp_path / "hf", cfg).check()
+        open_hf(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
