@@ -1,6 +1,5 @@
 """A model as a Hugging Face folder: config.json, safetensors, generation config, tokenizer."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -11,21 +10,9 @@ import torch
 
 from convert.from_hf import weight_rules, whole_shapes
 from convert.hf_files import SHARD_BYTES, SafetensorsWriter
-from models import FAMILIES, build
+from convert.hf_folder_files import copy_files, has_tokenizer, write_config
+from models import build
 from models.config import ModelConfig
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(
@@ -54,19 +41,17 @@ def export(
     """
     folder = Path(folder).absolute()
     _check_target(folder, overwrite)
-    special = _special_tokens(Path(tokenizer_folder)) if tokenizer_folder is not None else {}
+    if tokenizer_folder is not None and not has_tokenizer(tokenizer_folder):
+        raise ValueError(
+            f"{tokenizer_folder} has no tokenizer (tokenizer.json); give the folder the run took its tokenizer from"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write_weights(temp, cfg, tensors, dtype, shard_bytes)
-        config = FAMILIES[cfg.family].to_hf_config(cfg) | special
-        config |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
-        _write_json(temp / "config.json", config)
-        _write_generation_config(temp, tokenizer_folder, special)
         if tokenizer_folder is not None:
-            for name in TOKENIZER_FILES:
-                if (Path(tokenizer_folder) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_folder) / name, temp / name)
+            copy_files(tokenizer_folder, temp)
+        write_config(temp, cfg, dtype, tokenizer_folder)
         temp.chmod(0o755)
         _replace(temp, folder)
     finally:
@@ -114,35 +99,3 @@ def _write_weights(
         for hf_name, part in rules[name].to_hf(tensor).items():
             writer.put(hf_name, part)
     writer.finish()
-
-
-def _special_tokens(folder: Path) -> dict[str, object]:
-    """The ids of begin, end and padding, from the folder's config.json or its tokenizer.
-
-    Raises:
-        ValueError: no tokenizer there.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"{folder} has no tokenizer (tokenizer.json); give the folder the run took its tokenizer from")
-    config = _read_json(folder / "config.json")
-    ids = {key: config[key] for key in SPECIAL if config.get(key) is not None}
-    if "eos_token_id" in ids:
-        return ids
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    known = {key: getattr(tokenizer, key) for key in SPECIAL}
-    return ids | {key: value for key, value in known.items() if value is not None}
-
-
-def _write_generation_config(temp: Path, tokenizer_folder: str | Path | None, special: dict[str, object]) -> None:
-    theirs = _read_json(Path(tokenizer_folder) / "generation_config.json") if tokenizer_folder is not None else {}
-    _write_json(temp / "generation_config.json", theirs or ({"_from_model_config": True} | special))
-
-
-def _read_json(file: Path) -> dict[str, object]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _write_json(file: Path, content: dict[str, object]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

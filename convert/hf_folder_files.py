@@ -1,0 +1,141 @@
+"""The small files of a Hugging Face folder: config.json, generation_config.json, the tokenizer's, and remote code."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.same_model import differing
+from models import FAMILIES
+from models.config import ModelConfig
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+DTYPE_KEYS = ("torch_dtype", "dtype")
+"""As transformers 4 and 5 write it; either version reads both."""
+
+
+def copy_files(source: str | Path, into: str | Path) -> list[str]:
+    """Copy every small file there is from one folder to another, Python files named in `auto_map` too.
+
+    Returns:
+        The names of the files.
+    """
+    source, into = Path(source), Path(into)
+    names = [name for name in (CONFIG, GENERATION, *TOKENIZER_FILES) if (source / name).is_file()]
+    names += remote_code(source)
+    for name in names:
+        shutil.copyfile(source / name, into / name)
+    return names
+
+
+def remote_code(folder: Path) -> list[str]:
+    """The Python files of a folder that its configs name under `auto_map`, and those they import from beside them."""
+    waiting = [name for config in (CONFIG, "tokenizer_config.json") for name in _modules(read_json(folder / config))]
+    found: list[str] = []
+    while waiting:
+        name = waiting.pop(0)
+        if name in found or not (folder / name).is_file():
+            continue
+        found.append(name)
+        text = (folder / name).read_text(encoding="utf-8")
+        waiting += [f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\w+)\s+import\b", text, re.MULTILINE)]
+    return found
+
+
+def _modules(config: dict[str, Any]) -> Iterator[str]:
+    mapped = config.get("auto_map") or {}
+    for value in mapped.values() if isinstance(mapped, dict) else [mapped]:
+        for entry in value if isinstance(value, list) else [value]:
+            # "owner/name--module.Class" is code that lies in another repository.
+            if isinstance(entry, str) and "--" not in entry:
+                yield entry.split(".", 1)[0] + ".py"
+
+
+def write_config(folder: str | Path, cfg: ModelConfig, dtype: torch.dtype, original: str | Path | None) -> None:
+    """Write config.json, and generation_config.json where there is none yet.
+
+    Where `original` has a config.json of a model that computes the same, that one is kept, with the dtype and the
+    vocabulary of the weights written; else it is made from `cfg`, with the special token ids of `original`.
+
+    Args:
+        folder: the export, its tokenizer's files already there.
+        dtype: of the weights.
+        original: the Hugging Face folder the model or its tokenizer came from.
+    """
+    folder = Path(folder)
+    theirs = read_json(Path(original) / CONFIG) if original is not None else {}
+    name = str(dtype).removeprefix("torch.")
+    special = special_tokens(Path(original)) if original is not None else {}
+    if theirs and not _changed(theirs, cfg):
+        keys = [key for key in DTYPE_KEYS if key in theirs] or [DTYPE_KEYS[0]]
+        config = theirs | dict.fromkeys(keys, name) | {"vocab_size": cfg.vocab_size}
+        if config.get("num_nextn_predict_layers"):
+            config["num_nextn_predict_layers"] = 0  # the layers for multi-token prediction are not exported
+    else:
+        config = FAMILIES[cfg.family].to_hf_config(cfg) | special | {"torch_dtype": name, "use_cache": True}
+    write_json(folder / CONFIG, config)
+    if not (folder / GENERATION).is_file():
+        write_json(folder / GENERATION, {"_from_model_config": True} | special)
+
+
+def _changed(config: dict[str, Any], cfg: ModelConfig) -> bool:
+    """Whether a model computes something else than what a config.json describes, its vocabulary's size aside."""
+    if config.get("model_type") not in FAMILIES:
+        return True
+    try:
+        theirs = FAMILIES[config["model_type"]].from_hf_config(config)
+    except ValueError:
+        return True  # what it describes is not computed here, so it is not this model
+    return bool(set(differing(cfg, theirs)) - {"vocab_size"})
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has a tokenizer's main file."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def special_tokens(folder: Path) -> dict[str, Any]:
+    """The ids of begin, end and padding, from the folder's config.json or its tokenizer, as far as they are known."""
+    config = read_json(folder / CONFIG)
+    ids = {key: config[key] for key in SPECIAL if config.get(key) is not None}
+    if "eos_token_id" in ids or not has_tokenizer(folder):
+        return ids
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = {key: getattr(tokenizer, key) for key in SPECIAL}
+    return ids | {key: value for key, value in known.items() if value is not None}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{file} is not readable as JSON ({err}); fetch it again") from err
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as transformers does."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
