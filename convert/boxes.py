@@ -36,11 +36,17 @@ class Box:
 def boxes(segments: Iterable[Segment], whole: Sequence[int], shard: Shard, cut: Cut) -> list[Box]:
     """What the part that `cut` gives of a tensor of shape `whole` holds. Rows that no box names are padding."""
     columns, held = _held(whole, shard, cut)
+    return placed(segments, held, columns)
+
+
+def placed(segments: Iterable[Segment], held: Iterable[tuple[int, int, int]], columns: Columns | None) -> list[Box]:
+    """The boxes of a part that holds some ranges of rows of a tensor, (start, stop, first row in the part) each."""
+    ranges = list(held)
     found: list[Box] = []
     first = 0
     for segment in segments:
         last = first + segment.stop - segment.start
-        for start, stop, at in held:
+        for start, stop, at in ranges:
             low, high = max(first, start), min(last, stop)
             if low < high:
                 begin = segment.start + low - first

@@ -3,8 +3,11 @@ enough: where names are wrong it loads what fits, says so in a line of the log a
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from convert.boxes import Box, Meta, Pieces
 from convert.from_hf import hf_shapes
@@ -17,6 +20,20 @@ from models.config import ModelConfig
 SHOWN = 5
 IGNORED = (r".*_extra_state", r".*inv_freq", r"mtp\..*")
 """States of Transformer Engine; rotary frequencies, which follow from the config; heads that predict more tokens."""
+
+
+class InFile(Protocol):
+    """A tensor that lies in a file."""
+
+    @property
+    def file(self) -> Path:
+        """Which."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        ...
 
 
 def one_by_one(tensors: Mapping[Key, Found], cfg: ModelConfig, layout: Layout) -> dict[Key, Found]:
@@ -64,6 +81,17 @@ def fitting(folder: Path, cfg: ModelConfig, layout: Layout, found: Mapping[Rank,
     unused = [(rank, key) for rank, tensors in left.items() for key in tensors]
     ignored = [key[1] for _, key in unused if _is_ignored(key[1])]
     unknown = [_called(layout, rank, key) for rank, key in unused if not _is_ignored(key[1])]
+    refuse_other_tensors(folder, cfg, missing, unequal, unknown)
+    told = sorted({name for name in ignored if not name.endswith("_extra_state")})
+    if told:
+        warnings.warn(f"{folder}: {len(told)} tensors are left out:{first_lines(told)}", stacklevel=3)
+    return Pieces(metas_of(cfg, pieces), pieces)
+
+
+def refuse_other_tensors(
+    folder: Path, cfg: ModelConfig, missing: Sequence[str], unequal: Sequence[str], unknown: Sequence[str]
+) -> None:
+    """Raise the ValueError that names these tensors, five of each kind; nothing where there are none."""
     problems = [
         f"{len(lines)} tensors {what}:{first_lines(lines)}"
         for lines, what in (
@@ -78,10 +106,6 @@ def fitting(folder: Path, cfg: ModelConfig, layout: Layout, found: Mapping[Rank,
             f"the weights in {folder} are not those of the model that the args inside describe (family {cfg.family}, "
             f"{cfg.num_layers} layers, hidden size {cfg.hidden_size}):\n" + "\n".join(problems)
         )
-    told = sorted({name for name in ignored if not name.endswith("_extra_state")})
-    if told:
-        warnings.warn(f"{folder}: {len(told)} tensors are left out:{first_lines(told)}", stacklevel=3)
-    return Pieces(_metas(cfg, pieces), pieces)
 
 
 def _is_ignored(name: str) -> bool:
@@ -93,9 +117,9 @@ def _called(layout: Layout, rank: Rank, key: Key) -> str:
     return f"{layout.folder(rank)}: " + (f"model{chunk} " if layout.vpp > 1 else "") + name
 
 
-def _metas(cfg: ModelConfig, pieces: Iterable[tuple[Found, Iterable[Box]]]) -> dict[str, Meta]:
+def metas_of(cfg: ModelConfig, pieces: Iterable[tuple[InFile, Iterable[Box]]]) -> dict[str, Meta]:
     """Dtype and shape of each Hugging Face tensor, all of whose rows must be stored alike."""
-    of: dict[str, Found] = {}
+    of: dict[str, InFile] = {}
     for tensor, boxes in pieces:
         for box in boxes:
             first = of.setdefault(box.hf, tensor)

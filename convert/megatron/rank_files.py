@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -185,22 +185,36 @@ def read_torch_file(file: Path) -> RankFile:
         ValueError: truncated or corrupt, holds classes other than Megatron's own, or is no Megatron checkpoint.
     """
     storages = _storages(file)
+    return _rank_file(file, read_objects(file, file), storages)
+
+
+def read_objects(source: Path | IO[bytes], file: Path) -> Any:
+    """What a torch.save archive holds, tensors without their values. No class it names is ever called.
+
+    Args:
+        source: the archive.
+        file: the file it is, or lies in, for messages.
+
+    Raises:
+        ValueError: it is damaged, or holds classes other than Megatron's own.
+    """
     with safe_globals([*REAL, *((_Ignored, name) for name in HARMLESS)]):
         try:
-            unknown = get_unsafe_globals_in_checkpoint(file)
+            unknown = get_unsafe_globals_in_checkpoint(source)
+            if not isinstance(source, Path):
+                source.seek(0)
             # Megatron's enumerations and options change with its versions; none of its code runs for a stand-in.
             others = sorted(name for name in unknown if not name.startswith("megatron."))
             if others:
                 raise ValueError(_why_refused(file, others))
             with safe_globals([(_Ignored, name) for name in unknown]):
-                content = torch.load(file, map_location="meta", weights_only=True)
+                return torch.load(source, map_location="meta", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError) as err:
             reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
             raise ValueError(
                 f"{file} cannot be read without running code that it names, or is corrupt ({reason}); fetch it again, "
                 "or load it where it was written and save it with torch.save as tensors and plain values only"
             ) from err
-    return _rank_file(file, content, storages)
 
 
 def _why_refused(file: Path, classes: list[str]) -> str:

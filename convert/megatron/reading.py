@@ -33,17 +33,17 @@ def open_megatron(path: str | Path) -> Opened:
     root, folder = find_folder(path)
     form, name = _format(folder)
     first = READ[form](next(iter(sorted(folder.glob(f"mp_rank_*/{name}")))))
-    cfg, layout = _understood(first)
+    cfg, layout = understood(first)
     files = {rank: READ[form](file) for rank, file in _rank_files(folder, layout, name).items()}
     for file in files.values():
-        if (file.iteration, *_understood(file)) != (first.iteration, cfg, layout):
+        if (file.iteration, *understood(file)) != (first.iteration, cfg, layout):
             raise ValueError(
                 f"{first.file} and {file.file} are not of one checkpoint: their iterations or args say different "
                 "things of the model or its layout; copy the folder again"
             )
     kept = root / HF_FILES
     if (kept / "config.json").is_file():
-        cfg = _with_config(kept, cfg, layout, first)
+        cfg = with_config(kept, cfg, layout, first)
     layout = _as_named(cfg, layout, files)
     pieces = fitting(folder, cfg, layout, {rank: one_by_one(file.tensors, cfg, layout) for rank, file in files.items()})
     return Opened(path, form, cfg, pieces, kept if kept.is_dir() else None, layout)
@@ -59,7 +59,7 @@ def find_folder(path: Path) -> tuple[Path, Path]:
         raise ValueError(f"{path} is not a folder; give the folder of a Megatron checkpoint (with {TRACKER})")
     if re.fullmatch(r"iter_\d+|release", path.name):
         return path.parent, path
-    if _rank_folders(path):
+    if _rank_folders(path) or (path / ".metadata").is_file():
         return path, path
     tracker = path / TRACKER
     if tracker.is_file():
@@ -101,7 +101,7 @@ def _format(folder: Path) -> tuple[Literal["torch", "safetensors"], str]:
     return ("torch" if held[0] == "torch" else "safetensors"), FILES[held[0]]
 
 
-def _understood(file: RankFile) -> tuple[ModelConfig, Layout]:
+def understood(file: RankFile) -> tuple[ModelConfig, Layout]:
     if file.checkpoint_version < CHECKPOINT_VERSION:
         raise ValueError(
             f"{file.file}: checkpoint_version is {file.checkpoint_version or 'missing'}, and before 3.0 Megatron "
@@ -139,7 +139,7 @@ MOE_TRAINING = ("bias_rate", "balance_loss", "balance_over", "z_loss", "capacity
 """Fields that say how a model is trained, which a run of Megatron may change."""
 
 
-def _with_config(folder: Path, cfg: ModelConfig, layout: Layout, file: RankFile) -> ModelConfig:
+def with_config(folder: Path, cfg: ModelConfig, layout: Layout, file: RankFile) -> ModelConfig:
     """The config kept beside the checkpoint, which knows more than args; it must be of the same model."""
     kept = config_from_hf_folder(folder)
     said, _ = from_args(to_args(kept, layout, torch.float32))
