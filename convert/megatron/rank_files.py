@@ -1,11 +1,10 @@
-"""One rank's file of a Megatron checkpoint: a torch.save archive or safetensors, begun and opened without its values.
+"""One rank's file of a Megatron checkpoint: a torch.save archive, begun and opened without its values.
 
 What is in one: Megatron-LM's `megatron/training/checkpointing.py` (`generate_state_dict`). A torch.save archive is a
 zip whose entries are not compressed; where a storage's bytes lie in it torch tells itself (`skip_data` and
-`_checkpoint_offset`: "Serialization semantics" in torch's notes). The safetensors file holds the same names.
+`_checkpoint_offset`: "Serialization semantics" in torch's notes).
 """
 
-import json
 import math
 import pickle
 import struct
@@ -18,12 +17,11 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals, skip_data
 
 from convert.boxes import Meta
-from convert.stored import StoredTensor, begin_file, read_header
+from convert.stored import StoredTensor
 
 CHECKPOINT_VERSION = 3.0
 """Megatron's number of the order of rows in fused tensors; older orders are not read."""
@@ -82,79 +80,24 @@ def begin_torch_file(file: Path, chunks: Sequence[Mapping[str, Meta]], args: Map
         "iteration": args.get("iteration", 0),
     }
     with skip_data(materialize_fake_tensors=True):
-        torch.save(content | dict(zip(_model_keys(len(chunks)), states, strict=True)), file)
+        torch.save(content | dict(zip(model_keys(len(chunks)), states, strict=True)), file)
     return read_torch_file(file).tensors
 
 
-def begin_safetensors_file(
-    file: Path, chunks: Sequence[Mapping[str, Meta]], args: Mapping[str, Any]
-) -> Mapping[Key, Found]:
-    """A safetensors file of its full length whose values are not written yet."""
-    prefixes = [f"{key}/" if len(chunks) > 1 else "" for key in _model_keys(len(chunks))]
-    names = {prefix + name: (k, name) for k, prefix in enumerate(prefixes) for name in chunks[k]}
-    metas = {stored: chunks[k][name] for stored, (k, name) in names.items()}
-    metadata = {
-        "args": json.dumps(dict(args), default=_dtype_name),
-        "checkpoint_version": str(CHECKPOINT_VERSION),
-        "iteration": str(args.get("iteration", 0)),
-        "format": "pt",
-    }
-    tensors = begin_file(file, {stored: (meta.dtype, meta.shape) for stored, meta in metas.items()}, metadata)
-    return {names[stored]: tensor for stored, tensor in tensors.items()}
-
-
-def _model_keys(chunks: int) -> list[str]:
+def model_keys(chunks: int) -> list[str]:
+    """What the weights of each chunk are called in a rank's file."""
     return ["model"] if chunks == 1 else [f"model{k}" for k in range(chunks)]
 
 
-def _dtype_name(value: object) -> str:
-    if isinstance(value, torch.dtype):
-        return str(value)
-    raise TypeError(f"args hold {value!r}, which JSON cannot")
-
-
-def read_safetensors_file(file: Path) -> RankFile:
-    """A rank's safetensors file, from its header.
-
-    Raises:
-        ValueError: truncated, corrupt, or without the args that make it Megatron's.
-    """
-    stored = read_header(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        args = {key: _value(value) for key, value in json.loads(metadata["args"]).items()}
-        version, iteration = float(metadata["checkpoint_version"]), int(metadata["iteration"])
-    except SafetensorError as err:
-        raise ValueError(f"{file} is not a readable safetensors file ({err}); fetch it again") from err
-    except (KeyError, json.JSONDecodeError, AttributeError, ValueError) as err:
-        raise ValueError(
-            f"{file} does not say how its model is made and cut: its header holds no readable args, checkpoint_version "
-            f"and iteration ({type(err).__name__}: {err}); a checkpoint written by Loom does"
-        ) from err
-    tensors: dict[Key, Found] = {}
-    chunks = 1
-    for name, tensor in stored.items():
-        prefix, slash, below = name.partition("/")
-        chunk = int(prefix.removeprefix("model")) if slash else 0
-        chunks = max(chunks, chunk + 1)
-        tensors[chunk, below if slash else name] = tensor
-    return RankFile(file, args, version, iteration, chunks, tensors)
-
-
-def _value(value: Any) -> Any:
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
-    return dtype if isinstance(dtype, torch.dtype) and value == str(dtype) else value
-
-
-class _Ignored:
-    """Stands in for an object of the file that says nothing of the weights. It takes anything and does nothing."""
+class StandIn:
+    """In place of an object of a class of the file's: takes anything, keeps its fields and does nothing."""
 
     def __init__(self, *args: object) -> None:
         pass
 
     def __setstate__(self, state: object) -> None:
-        pass
+        if isinstance(state, dict):
+            vars(self).update(state)
 
 
 HARMLESS = (
@@ -198,7 +141,7 @@ def read_objects(source: Path | IO[bytes], file: Path) -> Any:
     Raises:
         ValueError: it is damaged, or holds classes other than Megatron's own.
     """
-    with safe_globals([*REAL, *((_Ignored, name) for name in HARMLESS)]):
+    with safe_globals([*REAL, *((StandIn, name) for name in HARMLESS)]):
         try:
             unknown = get_unsafe_globals_in_checkpoint(source)
             if not isinstance(source, Path):
@@ -207,7 +150,7 @@ def read_objects(source: Path | IO[bytes], file: Path) -> Any:
             others = sorted(name for name in unknown if not name.startswith("megatron."))
             if others:
                 raise ValueError(_why_refused(file, others))
-            with safe_globals([(_Ignored, name) for name in unknown]):
+            with safe_globals([(StandIn, name) for name in unknown]):
                 return torch.load(source, map_location="meta", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError) as err:
             reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
@@ -232,9 +175,10 @@ def _rank_file(file: Path, content: object, storages: Mapping[int, int]) -> Rank
         raise ValueError(
             f"{file} is no Megatron checkpoint that says how its model is made and cut: it has no args (found {found})"
         )
-    args = content["args"] if isinstance(content["args"], dict) else vars(content["args"])
+    args: Any = content["args"]
+    args = args if isinstance(args, dict) else getattr(args, "__dict__", {})
     chunks = 0 if "model" in content else sum(f"model{k}" in content for k in range(len(content)))
-    states = [content.get(key) for key in _model_keys(chunks or 1)]
+    states = [content.get(key) for key in model_keys(chunks or 1)]
     tensors: dict[Key, Found] = {}
     for chunk, state in enumerate(states):
         if not isinstance(state, dict):
@@ -247,8 +191,8 @@ def _rank_file(file: Path, content: object, storages: Mapping[int, int]) -> Rank
                     f"{file}: {name} is no tensor but {type(tensor).__name__}; only models of Megatron-core are read "
                     "(a model saved before it has language_model here: convert it with Megatron's own tools first)"
                 )
-    version, iteration = content.get("checkpoint_version", 0), content.get("iteration", 0)
-    return RankFile(file, args, float(version or 0), int(iteration), len(states), tensors)
+    version, iteration = content.get("checkpoint_version") or 0, content.get("iteration") or 0
+    return RankFile(file, args, float(version), int(iteration), len(states), tensors)
 
 
 def _place(file: Path, name: str, tensor: torch.Tensor, storages: Mapping[int, int]) -> Found:

@@ -2,18 +2,23 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from convert.megatron.args import from_args, to_args
+from convert.megatron.args import OWN, from_args, to_args
+from convert.megatron.args_from import describe
 from convert.megatron.fitting import first_lines, fitting, one_by_one
+from convert.megatron.given import Given
 from convert.megatron.layout import Layout, Rank
-from convert.megatron.rank_files import CHECKPOINT_VERSION, RankFile, read_safetensors_file, read_torch_file
+from convert.megatron.rank_files import CHECKPOINT_VERSION, RankFile, read_torch_file
+from convert.megatron.safe_files import read_safetensors_file
 from convert.megatron.writing import FILES, TRACKER
 from convert.opened import Opened
+from convert.same_model import differing, flat
 from models import config_from_hf_folder
 from models.config import ModelConfig
 
@@ -44,6 +49,12 @@ def open_megatron(path: str | Path) -> Opened:
     kept = root / HF_FILES
     if (kept / "config.json").is_file():
         cfg = with_config(kept, cfg, layout, first)
+    elif first.args.get("vocab_size") != cfg.vocab_size:
+        warnings.warn(
+            f"{path} does not say how many of its {cfg.vocab_size} rows of the vocabulary are padding; all are kept. "
+            f"Put the model's config.json into {kept} to have them cut off",
+            stacklevel=2,
+        )
     layout = _as_named(cfg, layout, files)
     pieces = fitting(folder, cfg, layout, {rank: one_by_one(file.tensors, cfg, layout) for rank, file in files.items()})
     return Opened(path, form, cfg, pieces, kept if kept.is_dir() else None, layout)
@@ -102,6 +113,11 @@ def _format(folder: Path) -> tuple[Literal["torch", "safetensors"], str]:
 
 
 def understood(file: RankFile) -> tuple[ModelConfig, Layout]:
+    """The model and layout that a file's args describe.
+
+    Raises:
+        ValueError: they describe nothing that is computed here, or rows of fused tensors are in an order of former times.
+    """
     if file.checkpoint_version < CHECKPOINT_VERSION:
         raise ValueError(
             f"{file.file}: checkpoint_version is {file.checkpoint_version or 'missing'}, and before 3.0 Megatron "
@@ -134,40 +150,27 @@ def _rank_files(folder: Path, layout: Layout, name: str) -> dict[Rank, Path]:
     return files
 
 
-TRAINING = ("init_std", "max_seq_len")
-MOE_TRAINING = ("bias_rate", "balance_loss", "balance_over", "z_loss", "capacity")
-"""Fields that say how a model is trained, which a run of Megatron may change."""
-
-
 def with_config(folder: Path, cfg: ModelConfig, layout: Layout, file: RankFile) -> ModelConfig:
-    """The config kept beside the checkpoint, which knows more than args; it must be of the same model."""
+    """The config kept beside a checkpoint, which knows more than args; it must be of the model that `file` describes.
+
+    Raises:
+        ValueError: it is of another model; names the fields.
+    """
     kept = config_from_hf_folder(folder)
-    said, _ = from_args(to_args(kept, layout, torch.float32))
-    # An embedding without padding is all that a file without vocab_size can speak of.
-    vocab = {} if file.args.get("vocab_size") else {"vocab_size": kept.vocab_size}
-    here, there = _flat(dataclasses.replace(cfg, **vocab)), _flat(said)
-    other = [
-        f"{key}: {here.get(key)} in args, {there.get(key)} in config.json"
-        for key in dict.fromkeys((*here, *there))
-        if here.get(key) != there.get(key)
-    ]
+    said, same = cfg, kept
+    if OWN not in file.args:  # only what Megatron's own arguments can say of it
+        said, same = (describe(Given(args))[0] for args in (file.args, to_args(kept, layout, torch.float32)))
+    other = set(differing(said, same)) - {"max_seq_len"}  # which training may choose
+    if said.vocab_size == file.args.get("padded_vocab_size") and kept.vocab_size <= said.vocab_size:
+        other -= {"vocab_size"}  # not told from the padding
     if other:
+        here, there = flat(said), flat(same)
+        lines = [f"{key}: {here.get(key)} in args, {there.get(key)} in config.json" for key in sorted(other)]
         raise ValueError(
-            f"{folder / 'config.json'} is of another model than the args in {file.file}:{first_lines(other)}\n"
-            "correct it, or remove the folder to go by the args alone"
+            f"{folder / 'config.json'} is of another model than the args in {file.file}:{first_lines(lines)}\n"
+            f"correct it, or remove {folder} to go by the args alone"
         )
     return kept
-
-
-def _flat(cfg: ModelConfig) -> dict[str, Any]:
-    """Every field that decides what the model computes; those of sections with a dot."""
-    found: dict[str, Any] = {}
-    for key, value in dataclasses.asdict(cfg).items():
-        if isinstance(value, dict):
-            found |= {f"{key}.{name}": field for name, field in value.items() if name not in MOE_TRAINING}
-        elif key not in TRAINING:
-            found[key] = value
-    return found
 
 
 def _as_named(cfg: ModelConfig, layout: Layout, files: Mapping[Rank, RankFile]) -> Layout:

@@ -10,7 +10,8 @@ import torch
 
 from convert.boxes import Meta, Pieces
 from convert.megatron.layout import Layout, Rank
-from convert.megatron.rank_files import Found, Key, begin_safetensors_file, begin_torch_file
+from convert.megatron.rank_files import Found, Key, begin_torch_file
+from convert.megatron.safe_files import begin_safetensors_file
 from convert.megatron.shards import Local, locals_of
 from convert.stored import StoredTensor
 from models.config import ModelConfig
