@@ -61,7 +61,7 @@ def copy(
     workers: int = 1,
     done: Collection[str] = (),
     finished: Callable[[str], None] = lambda hf: None,
-    moved: Callable[[int], None] = lambda size: None,
+    moved: Callable[[int], object] = lambda size: None,
     most: int = BLOCK_BYTES,
 ) -> None:
     """Copy every tensor of `sink` from `source`, converted to the dtype that the sink's `metas` say.
