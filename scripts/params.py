@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import OmegaConf
 
-from models import ModelConfig, build, config_from_hf_folder
+from models import ModelConfig, build
 from models import problems as model_problems
+from trainer.folders import model_in
 from trainer.problems import Problem, format_problems, nearest
 from trainer.typed import build as typed_build
 
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
     if name == "hf":
         if folder is None:
             raise ValueError("model=hf takes its sizes from a folder: add init_from=HF_FOLDER")
-        print(table(config_from_hf_folder(folder), folder))
+        print(table(model_in(folder), folder))
     else:
         print(table(load_model(name, overrides), name))
 

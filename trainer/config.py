@@ -99,7 +99,8 @@ class RunConfig:
     run: RunSection
     """Length, place and seed of the run (conf/run)."""
     init_from: str | None = None
-    """Hugging Face folder to start from; null draws fresh weights from run.seed."""
+    """Weights to start from: a Hugging Face folder, a Megatron checkpoint of any layout, or a run of Loom; null draws
+    fresh weights from run.seed."""
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,7 @@ def _start(cfg: RunConfig, world_size: int) -> list[Problem]:
 
 
 def _tokenizer(cfg: RunConfig, world_size: int) -> list[Problem]:
-    if cfg.data.tokenizer is None and cfg.init_from is None:
-        reason = "no tokenizer is named, and without init_from there is no folder to take it from"
-        return [Problem("data.tokenizer", None, reason, "data.tokenizer=FOLDER with a tokenizer.json")]
-    key = "data.tokenizer" if cfg.data.tokenizer else "init_from"
-    return [p for p in (tokenizer_problem(key, cfg.data.tokenizer or cfg.init_from or ""),) if p]
+    return [p for p in (tokenizer_problem(cfg.data.tokenizer, cfg.init_from),) if p]
 
 
 def _resume(cfg: RunConfig, world_size: int) -> list[Problem]:

@@ -15,10 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models import config_from_hf_folder
 from trainer import overrides, typed
 from trainer.config import RunConfig, check
-from trainer.folders import MAY_DIFFER_FROM_FOLDER, ROUTER_TRAINING, folder_problem
+from trainer.folders import MAY_DIFFER_FROM_FOLDER, ROUTER_TRAINING, folder_problem, model_in
 from trainer.problems import Problem, format_problems
 
 EXAMPLES = {
@@ -54,7 +53,7 @@ def strip_launcher_args(argv: Sequence[str]) -> list[str]:
 def load(cfg: DictConfig, world_size: int = 1) -> RunConfig:
     """The composed config as a ``RunConfig``, every field of the declared type.
 
-    ``model.family: auto`` (conf/model/hf.yaml) takes the model section from ``init_from/config.json``.
+    ``model.family: auto`` (conf/model/hf.yaml) takes the model section from the folder of ``init_from``.
 
     Raises:
         ValueError: one message with every unknown, missing or mistyped key, and what else is wrong across sections.
@@ -126,16 +125,16 @@ def _expand_home(tree: dict[Any, Any]) -> None:
 
 
 def _model_of_folder(init_from: object, given: Mapping[object, object], problems: list[Problem]) -> dict[str, object]:
-    """The model section read from a Hugging Face folder, with the user's changes on top; empty when refused."""
+    """The model section read from the folder of init_from, with the user's changes on top; empty when refused."""
     if not isinstance(init_from, str):
-        reason = "takes its sizes from the config.json of init_from, which is not given"
+        reason = "takes its sizes from init_from, which is not given"
         problems.append(Problem("model.family", "auto", reason, "init_from=HF_FOLDER, or another model=..."))
         return {}
     wrong = folder_problem(init_from)
     if wrong is not None:
         problems.append(wrong)
         return {}
-    theirs = dataclasses.asdict(config_from_hf_folder(init_from))
+    theirs = dataclasses.asdict(model_in(init_from))
     may_differ = [*MAY_DIFFER_FROM_FOLDER, *(f"moe.{name}" for name in ROUTER_TRAINING)]
     way = f"leave it out; only {', '.join(f'model.{field}' for field in may_differ)} may differ"
     changes = _leaves({str(name): value for name, value in given.items() if name != "family"}, theirs)

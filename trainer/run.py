@@ -17,7 +17,6 @@ from torch import nn
 
 import data.pipeline
 import models
-from convert.from_hf import open_hf
 from convert.source import Source
 from data.batch import MicroBatch
 from data.gate import GateError
@@ -35,10 +34,9 @@ from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
 from parallel.materialise import TensorSource
 from parallel.schedules import formula_idle_share
 from parallel.watch import watching
-from trainer import checkpoint, provenance
+from trainer import checkpoint, folders, provenance
 from trainer.config import RunConfig, check, format_problems, ignored
 from trainer.door import to_yaml
-from trainer.folders import ROUTER_TRAINING
 from trainer.logging.log import Log, NullLog, RunLog
 from trainer.loop import Progress, Trainer
 from trainer.optim import OptimConfig, decay_groups
@@ -60,6 +58,7 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
     problems = check(cfg, ranks.world)
     if problems:
         raise ValueError(format_problems(problems))
+    cfg = _with_tokenizer(cfg)
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     # The collectives' own limit is longer, or they would give up before the watch has told who waits for whom.
@@ -84,6 +83,8 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
             return
         engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len)
+        del source
+        folders.forget()  # of a large model the headers alone are large
         routers = RouterBook(engine.chunks, len(corpus.channels))
         if saved:
             checkpoint.restore(saved, engine, groups)
@@ -136,9 +137,22 @@ def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 def _fresh_weights(cfg: RunConfig) -> TensorSource:
     if cfg.init_from is None:
         return InitSource(cfg.model, cfg.run.seed)
-    source = Source(open_hf(cfg.init_from), cfg.model, cfg.run.seed)
+    source = Source(folders.opened(cfg.init_from), cfg.model, cfg.run.seed)
     source.check()
     return source
+
+
+def _with_tokenizer(cfg: RunConfig) -> RunConfig:
+    """The run with the tokenizer of what it starts from, where none is named; from another run also with its template.
+
+    Settled before the start: what the run starts from may be gone when it is saved.
+    """
+    if cfg.init_from is None or cfg.data.tokenizer:
+        return cfg
+    found: dict[str, str | None] = {"tokenizer": folders.tokenizer_in(cfg.init_from)}
+    if cfg.data.chat_template is None and cfg.stage.name != "pretrain":
+        found["chat_template"] = folders.template_in(cfg.init_from)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **found))
 
 
 def _flops(model: ModelConfig, batch: MicroBatch) -> float:
@@ -179,7 +193,8 @@ def _flat(model: dict[str, Any]) -> dict[str, Any]:
     for key, value in model.items():
         inner = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
         flat |= {f"model.{name}": each for name, each in inner.items()}
-    return {key: value for key, value in flat.items() if key not in {f"model.moe.{name}" for name in ROUTER_TRAINING}}
+    trained_as = {f"model.moe.{name}" for name in folders.ROUTER_TRAINING}
+    return {key: value for key, value in flat.items() if key not in trained_as}
 
 
 def _plain(section: Any) -> dict[str, Any]:
@@ -199,7 +214,7 @@ def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
     try:
         corpus = data.pipeline.build(
             cfg.data,
-            tokenizer_folder=cfg.data.tokenizer or cfg.init_from,
+            tokenizer_folder=None,
             loss_on=cfg.stage.loss_on,
             seed=cfg.run.seed,
             peers=Peers(groups.rank, groups.world, groups.all_gather),
@@ -215,7 +230,7 @@ def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
             report.write_bad_rows(str(run_dir / "bad_rows.jsonl"))
     if corpus.max_token_id >= cfg.model.vocab_size:
         raise ValueError(
-            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer or cfg.init_from} makes "
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer} makes "
             f"ids up to {corpus.max_token_id} on this data, which the embedding does not hold. Take the tokenizer that "
             f"belongs to the model, or a model with model.vocab_size={corpus.max_token_id + 1} or more."
         )
@@ -290,8 +305,8 @@ def _save(
         "world": groups.world,
         "model": _plain(cfg.model),
         "data": fingerprint,
-        "tokenizer": cfg.data.tokenizer or cfg.init_from,
-        "chat_template": cfg.data.chat_template,
+        "tokenizer": str(Path(cfg.data.tokenizer or "").absolute()),  # read again by who starts from it elsewhere
+        "chat_template": cfg.data.chat_template and str(Path(cfg.data.chat_template).absolute()),
     }
     folder = checkpoint.save(run_dir / "checkpoints", progress.step, engine, state, groups, cfg.run.keep_last)
     log.note(f"saved {folder}")
