@@ -121,10 +121,10 @@ class Tensors(Protocol):
         ...
 
 
-T = TypeVar("T", bound=Lying)
+T_co = TypeVar("T_co", bound=Lying, covariant=True)
 
 
-class Pieces(Generic[T]):
+class Pieces(Generic[T_co]):
     """Hugging Face tensors that lie in boxes of other tensors. Is `Tensors`.
 
     Args:
@@ -135,9 +135,9 @@ class Pieces(Generic[T]):
         AssertionError: rows of a tensor lie nowhere.
     """
 
-    def __init__(self, metas: Mapping[str, Meta], pieces: Iterable[tuple[T, Iterable[Box]]]) -> None:
+    def __init__(self, metas: Mapping[str, Meta], pieces: Iterable[tuple[T_co, Iterable[Box]]]) -> None:
         self.metas = metas
-        self._of: dict[str, list[tuple[Box, T]]] = defaultdict(list)
+        self._of: dict[str, list[tuple[Box, T_co]]] = defaultdict(list)
         for lying, held in pieces:
             for box in held:
                 self._of[box.hf].append((box, lying))
@@ -146,7 +146,7 @@ class Pieces(Generic[T]):
             held = sum((b.stop - b.start) * _width(b, meta.shape) for b, _ in self._first.get(hf, []))
             assert held == math.prod(meta.shape), f"{hf}: {held} of {math.prod(meta.shape)} elements have a place"
 
-    def of(self, hf: str) -> Sequence[tuple[Box, T]]:
+    def of(self, hf: str) -> Sequence[tuple[Box, T_co]]:
         """Every piece of one tensor, copies included."""
         return self._of[hf]
 
@@ -182,7 +182,9 @@ def put(pieces: Pieces[Writable], hf: str, start: int, rows: torch.Tensor) -> No
         lying.put(at, found)
 
 
-def scattered(pieces: Pieces[T], hf: str, start: int, rows: torch.Tensor) -> Iterator[tuple[T, int, torch.Tensor]]:
+def scattered(
+    pieces: Pieces[T_co], hf: str, start: int, rows: torch.Tensor
+) -> Iterator[tuple[T_co, int, torch.Tensor]]:
     """The parts of some rows of a Hugging Face tensor, each with the tensor it lies in and its first row there."""
     stop = start + rows.shape[0]
     for box, lying in pieces.of(hf):
@@ -200,9 +202,9 @@ def _width(box: Box, shape: tuple[int, ...]) -> int:
     return shape[-1] if len(shape) > 1 else 1
 
 
-def _without_copies(found: list[tuple[Box, T]]) -> list[tuple[Box, T]]:
+def _without_copies(found: list[tuple[Box, T_co]]) -> list[tuple[Box, T_co]]:
     """Of boxes that hold the same elements only the first. Boxes overlap wholly or not at all."""
-    seen: dict[tuple[int, int, Columns | None], tuple[Box, T]] = {}
+    seen: dict[tuple[int, int, Columns | None], tuple[Box, T_co]] = {}
     for box, lying in found:
         seen.setdefault((box.start, box.stop, box.columns), (box, lying))
     return list(seen.values())

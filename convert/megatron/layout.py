@@ -99,7 +99,9 @@ def _near(value: int, *sizes: int) -> str:
 
 def _tp_problems(layout: Layout, cfg: ModelConfig) -> list[str]:
     tp = layout.tp
-    sizes = {"query heads": cfg.num_heads, "feed-forward size": cfg.intermediate_size}
+    sizes = {"query heads": cfg.num_heads}
+    if cfg.moe is None or cfg.moe.first_dense:
+        sizes |= {"feed-forward size": cfg.intermediate_size}
     if cfg.moe:
         sizes |= {"expert size": cfg.moe.expert_size} | (
             {"shared expert size": cfg.moe.shared_size} if cfg.moe.shared_size else {}
@@ -107,15 +109,24 @@ def _tp_problems(layout: Layout, cfg: ModelConfig) -> list[str]:
     if cfg.mla and layout.implementation == "local":
         sizes |= {"size of the key/value latent": cfg.mla.kv_rank + cfg.mla.rope_dim}
         sizes |= {"size of the query latent": cfg.mla.q_rank} if cfg.mla.q_rank else {}
-    near = _near(tp, *sizes.values())
+    legal = [n for n in range(1, cfg.num_heads + 1) if all(size % n == 0 for size in sizes.values())
+             and (cfg.mla or _can_share(cfg, n))]  # fmt: skip
+    near = ", ".join(str(n) for n in sorted(sorted(legal, key=lambda n: abs(n - tp))[:3]))
     found = [f"--tp {tp}: does not divide the {name} {size}; try --tp {near}" for name, size in sizes.items()
              if size % tp]  # fmt: skip
-    groups = cfg.num_kv_heads
-    if not found and not cfg.mla and groups % tp and tp % groups:
-        ways = [n for n in range(1, cfg.num_heads + 1) if not cfg.num_heads % n and not (groups % n and n % groups)]
-        found.append(f"--tp {tp}: neither divides the {groups} key/value heads nor is a multiple of them; "
-                     f"try --tp {', '.join(str(n) for n in sorted(ways, key=lambda n: abs(n - tp))[:3])}")  # fmt: skip
+    if not found and tp not in legal:
+        groups, rows = cfg.num_kv_heads, sum(cfg.qkv_parts)
+        reason = f"does not divide the {rows} rows of queries, keys and values together"
+        if groups % tp and tp % groups:
+            reason = f"neither divides the {groups} key/value heads nor is a multiple of them"
+        found.append(f"--tp {tp}: {reason}; try --tp {near}")
     return found
+
+
+def _can_share(cfg: ModelConfig, tp: int) -> bool:
+    """Whether Megatron's equal cut of the fused query, key and value rows goes on so many ranks."""
+    groups = cfg.num_kv_heads
+    return not (cfg.num_heads % tp or (groups % tp and tp % groups) or sum(cfg.qkv_parts) % tp)
 
 
 def _ep_problems(layout: Layout, cfg: ModelConfig) -> list[str]:
