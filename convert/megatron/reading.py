@@ -46,6 +46,11 @@ def open_megatron(path: str | Path) -> Opened:
                 f"{first.file} and {file.file} are not of one checkpoint: their iterations or args say different "
                 "things of the model or its layout; copy the folder again"
             )
+        if file.chunks != layout.vpp:
+            raise ValueError(
+                f"{file.file} holds {file.chunks} chunks of the model (model, or model0 ...), but its args cut each "
+                f"pipeline rank into {layout.vpp}; copy it again from where it was written"
+            )
     kept = root / HF_FILES
     if (kept / "config.json").is_file():
         cfg = with_config(kept, cfg, layout, first)
@@ -116,7 +121,7 @@ def understood(file: RankFile) -> tuple[ModelConfig, Layout]:
     """The model and layout that a file's args describe.
 
     Raises:
-        ValueError: they describe nothing that is computed here, or rows of fused tensors are in an order of former times.
+        ValueError: they describe nothing that is computed here, or fused tensors have the order of old checkpoints.
     """
     if file.checkpoint_version < CHECKPOINT_VERSION:
         raise ValueError(
@@ -161,8 +166,8 @@ def with_config(folder: Path, cfg: ModelConfig, layout: Layout, file: RankFile) 
     if OWN not in file.args:  # only what Megatron's own arguments can say of it
         said, same = (describe(Given(args))[0] for args in (file.args, to_args(kept, layout, torch.float32)))
     other = set(differing(said, same)) - {"max_seq_len"}  # which training may choose
-    if said.vocab_size == file.args.get("padded_vocab_size") and kept.vocab_size <= said.vocab_size:
-        other -= {"vocab_size"}  # not told from the padding
+    if file.args.get("vocab_size") != said.vocab_size >= kept.vocab_size:
+        other -= {"vocab_size"}  # args say how many rows there are with padding
     if other:
         here, there = flat(said), flat(same)
         lines = [f"{key}: {here.get(key)} in args, {there.get(key)} in config.json" for key in sorted(other)]
