@@ -119,7 +119,7 @@ def _lead(cfg: ModelConfig, parts: Sequence[Whole], stacked: bool) -> tuple[int,
     return (*layers, *experts)
 
 
-def empty_objects(tensors: Sequence[Global], layout: Layout, num_layers: int) -> Iterator[str]:
+def empty_objects(tensors: Sequence[Global], layout: Layout) -> Iterator[str]:
     """The keys of the states beside the weights that Megatron asks for: each linear layer's, and of Transformer Engine
     each norm's and each attention's too. Without fp8 they are empty, but a checkpoint must have them."""
     engine = layout.implementation == "transformer_engine"

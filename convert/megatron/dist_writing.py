@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import closing
 from functools import cache, reduce
 from pathlib import Path
 from typing import IO, Any, cast
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from convert.boxes import Box, Meta, Pieces
 from convert.megatron.dist_names import Global, empty_objects, globals_of, stacks_layers
 from convert.megatron.layout import Layout
+from convert.megatron.writing import TRACKER
 from convert.stored import StoredTensor
 from models.config import ModelConfig
 
@@ -42,7 +44,7 @@ ALIGN = 64
 def begin_dist(
     root: Path, cfg: ModelConfig, layout: Layout, metas: Mapping[str, Meta], args: Mapping[str, Any]
 ) -> Pieces[StoredTensor]:
-    """Make the folder and every file at full length. Called again on what it made, it keeps the values written since.
+    """Make the folder and every file at full length; values are not written yet, and padding is zero.
 
     Args:
         root: the folder that gets `latest_checkpointed_iteration.txt` and `release/`.
@@ -57,27 +59,24 @@ def begin_dist(
     folder = root / "release"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = globals_of(cfg, layout, stacks_layers(args))
-    files = _Files(folder)
     found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     pieces: list[tuple[StoredTensor, list[Box]]] = []
-    for tensor in tensors:
-        dtype = _dtype(tensor, metas)
-        chunks: list[ChunkStorageMetadata] = []
-        name = tensor.names[0]
-        for i, (offsets, sizes) in enumerate(tensor.chunks(layout.tp)):
-            stored, info = files.add(dtype, sizes, tensor.rows_shape(sizes))
-            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            places[MetadataIndex(name, offsets, i)] = info
-            pieces.append((stored, tensor.boxes(offsets, sizes)))
-        found[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(tensor.shape), chunks)
-    nothing = files.add_object([None])  # one object in the file stands for all
-    for key in empty_objects(tensors, layout, cfg.num_layers):
-        found[key] = BytesStorageMetadata()
-        places[MetadataIndex(key)] = nothing
-    files.close()
+    with closing(_Files(folder)) as files:
+        for tensor in tensors:
+            dtype, name = _dtype(tensor, metas), tensor.names[0]
+            chunks: list[ChunkStorageMetadata] = []
+            for i, (offsets, sizes) in enumerate(tensor.chunks(layout.tp)):
+                stored, places[MetadataIndex(name, offsets, i)] = files.add(dtype, sizes, tensor.rows_shape(sizes))
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                pieces.append((stored, tensor.boxes(offsets, sizes)))
+            found[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(tensor.shape), chunks)
+        nothing = files.add_object([None])  # one in the file stands for all of them
+        for key in empty_objects(tensors, layout):
+            found[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = nothing
     _write_beside(folder, args, Metadata(found, {key: (key,) for key in found}, places))
-    (root / "latest_checkpointed_iteration.txt").write_text("release", encoding="utf-8")
+    (root / TRACKER).write_text("release", encoding="utf-8")
     return Pieces(metas, pieces)
 
 
@@ -141,7 +140,7 @@ class _Files:
         self._name = f"__0_{self._files}.distcp"
         self._files += 1
         self._end = 0
-        self._handle = os.open(self._folder / self._name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._handle = os.open(self._folder / self._name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
 
 @cache
