@@ -162,9 +162,9 @@ def _expert_args(cfg: ModelConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _balancing(moe: MoEConfig) -> str:
-    if not moe.balance_loss:
-        return "none"
-    return "seq_aux_loss" if moe.balance_over == "sequence" else "global_aux_loss"
+    if moe.balance_over == "sequence":
+        return "seq_aux_loss"
+    return "global_aux_loss" if moe.balance_loss else "none"
 
 
 def _latent_args(cfg: ModelConfig) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def rope_from(given: Given, mla: bool, max_seq_len: int) -> RopeConfig:
         kind = "rope"
     if kind not in ("rope", "yarn"):
         given.refuse("position_embedding_type", kind, "the decoder has rotary position embeddings only")
-        return RopeConfig(theta)
     if given.number("rotary_percent", default=1.0) != 1.0:
         given.refuse("rotary_percent", given.get("rotary_percent"), "the decoder turns whole heads only")
     if given.get("rotary_interleaved"):

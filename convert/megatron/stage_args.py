@@ -32,12 +32,13 @@ def stage_args(layout: Layout, num_layers: int) -> dict[str, Any]:
         per_chunk = chunks[0] if layout.vpp > 1 else None
         return found | {"num_layers_per_virtual_pipeline_stage": per_chunk}
     first, last = chunks[0], chunks[-1]
-    if layout.vpp == 1 and len(set(chunks[1:])) == 1 and first:
-        return found | {"decoder_first_pipeline_num_layers": first}
-    if layout.vpp == 1 and len(set(chunks[:-1])) == 1 and last:
-        return found | {"decoder_last_pipeline_num_layers": last}
-    if layout.vpp == 1 and len(set(chunks[1:-1])) == 1 and first and last:
-        return found | {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
+    if layout.vpp == 1 and min(chunks) > 0:  # these three know no empty stage
+        if len(set(chunks[1:])) == 1:
+            return found | {"decoder_first_pipeline_num_layers": first}
+        if len(set(chunks[:-1])) == 1:
+            return found | {"decoder_last_pipeline_num_layers": last}
+        if len(set(chunks[1:-1])) == 1:
+            return found | {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
     stages = "|".join("t" * count for count in chunks)
     return found | {"pipeline_model_parallel_layout": f"E{stages}L"}
 
