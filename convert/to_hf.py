@@ -1,24 +1,27 @@
 """A model as a Hugging Face folder: config.json, safetensors, generation config, tokenizer."""
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from convert.from_hf import weight_rules, whole_shapes
+from convert.boxes import Tensors
+from convert.from_hf import hf_shapes, weight_rules
 from convert.hf_files import SHARD_BYTES, SafetensorsWriter
 from convert.hf_folder_files import copy_files, has_tokenizer, write_config
 from models import build
 from models.config import ModelConfig
+from models.rules import Rule
 
 
 def export(
     folder: str | Path,
     cfg: ModelConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor]] | Tensors,
     tokenizer_folder: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
@@ -27,7 +30,8 @@ def export(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. It appears under its name when complete.
 
     Args:
-        tensors: our names with whole tensors, each once, in any order, taken one at a time.
+        tensors: our names with whole tensors, each once, in any order, taken one at a time; or those of an opened
+            checkpoint, read one by one.
         tokenizer_folder: where the tokenizer's files, special token ids and generation config are copied from.
         dtype: of the written weights.
         shard_bytes: largest weight file.
@@ -86,16 +90,28 @@ def _replace(temp: Path, folder: Path) -> None:
 
 
 def _write_weights(
-    folder: Path, cfg: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, shard_bytes: int
+    folder: Path,
+    cfg: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]] | Tensors,
+    dtype: torch.dtype,
+    shard_bytes: int,
 ) -> None:
     rules, _ = weight_rules(cfg)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in whole_shapes(cfg).items():
-        shapes |= rules[name].hf_shapes(shape)
     # A router's correction bias moves by steps that bf16 rounds away: it stays fp32, as in published checkpoints.
     exact = {name for buffer, _ in build(cfg).named_buffers() for name in rules[buffer].sources}
-    writer = SafetensorsWriter(folder, shapes, dtype, shard_bytes, exact)
-    for name, tensor in tensors:
-        for hf_name, part in rules[name].to_hf(tensor).items():
-            writer.put(hf_name, part)
+    writer = SafetensorsWriter(folder, hf_shapes(cfg), dtype, shard_bytes, exact)
+    for hf, tensor in _in_their_names(tensors, rules):
+        writer.put(hf, tensor)
     writer.finish()
+
+
+def _in_their_names(
+    tensors: Iterable[tuple[str, torch.Tensor]] | Tensors, rules: Mapping[str, Rule]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tensors, Iterable):
+        for ours, tensor in tensors:
+            yield from rules[ours].to_hf(tensor).items()
+        return
+    for hf, meta in tensors.metas.items():
+        rows = math.prod(meta.shape[:-1] if len(meta.shape) > 1 else meta.shape)
+        yield hf, tensors.rows(hf, 0, rows).view(meta.shape)

@@ -1,6 +1,8 @@
 """Turn a run into a Hugging Face folder: ``python scripts/export_hf.py runs/quickstart exported/quickstart``.
 
-The folder holds config, safetensors, tokenizer and generation config, and loads with ``AutoModelForCausalLM``.
+The folder holds config, safetensors, tokenizer and generation config, and loads with ``AutoModelForCausalLM``. Any
+layout and ZeRO stage; no GPU is needed. ``convert/mega_to_hf.py`` does the same with a check and restarts, for models
+that take long.
 """
 
 from __future__ import annotations
@@ -12,50 +14,30 @@ from pathlib import Path
 
 import torch
 
+from convert.loom_files import open_loom
 from convert.to_hf import export
-from models.config import ModelConfig
-from trainer import typed
-from trainer.checkpoint import Checkpoint, find_latest
-from trainer.problems import Problem, format_problems
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint ``path`` means: itself, or the latest of a run folder.
+def export_run(run: Path, out: Path, dtype: torch.dtype, overwrite: bool, tokenizer: Path | None) -> Path:
+    """Write the weights of a run or of one checkpoint, and the tokenizer it used, as a Hugging Face folder.
+
+    Returns:
+        The checkpoint that was written.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no checkpoint, the target is in use, or the tokenizer is gone.
     """
-    for folder in (path, path / "checkpoints"):
-        if (folder / "state.json").is_file():
-            return folder
-        if (latest := find_latest(folder)) is not None:
-            return latest
-    raise ValueError(
-        f"{path} holds no complete checkpoint. Name a run folder (runs/NAME) or one of its checkpoints/step_* folders."
-    )
-
-
-def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, overwrite: bool, tokenizer: Path | None) -> Path:
-    """Write the weights of ``checkpoint`` and the tokenizer the run used as a Hugging Face folder.
-
-    Raises:
-        ValueError: no such checkpoint, the target is in use, or the tokenizer is gone.
-    """
-    saved = Checkpoint(checkpoint)
-    problems: list[Problem] = []
-    model = typed.build(ModelConfig, saved.state["model"], "model", problems, {})
-    if model is None:
-        raise ValueError(f"{checkpoint} was written by another version: {format_problems(problems)}")
-    folder = tokenizer or Path(saved.state["tokenizer"])
-    if not folder.is_dir():
-        raise ValueError(f"the run's tokenizer {folder} is not there any more; name it with --tokenizer FOLDER")
-    export(out, model, saved.weights(), folder, dtype, overwrite=overwrite)
-    template = saved.state.get("chat_template")
-    if template:
-        shutil.copyfile(template, out / "chat_template.jinja")
-    return out
+    opened = open_loom(run)
+    folder = tokenizer or opened.files
+    if folder is None or not folder.is_dir():
+        gone = f"--tokenizer {folder} is no folder" if folder else "the run's tokenizer is not there any more"
+        raise ValueError(f"{gone}; name its folder with --tokenizer FOLDER")
+    export(out, opened.cfg, opened.tensors, folder, dtype, overwrite=overwrite)
+    if opened.chat_template is not None and tokenizer is None:
+        shutil.copyfile(opened.chat_template, out / "chat_template.jinja")
+    return opened.path
 
 
 def main() -> None:
@@ -68,8 +50,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
     try:
-        checkpoint = find_checkpoint(args.run)
-        export_checkpoint(checkpoint, args.out, DTYPES[args.dtype], args.overwrite, args.tokenizer)
+        checkpoint = export_run(args.run, args.out, DTYPES[args.dtype], args.overwrite, args.tokenizer)
     except ValueError as error:
         sys.exit(f"{error}")
     print(f"wrote {args.out} from {checkpoint}")
