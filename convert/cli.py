@@ -5,8 +5,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from convert.boxes import Meta
 from convert.copying import default_workers, total_bytes
 from convert.megatron.layout import VOCAB_MULTIPLE, Layout
 from convert.opened import Opened
-from convert.output import building_folder, size
+from convert.output import size
 from models.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,14 +44,17 @@ def told(run: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     except ValueError as error:
         print(f"\n{error}\n", file=sys.stderr)
         return 2
+    except OSError as error:  # no permission, a broken disk or mount
+        print(f"\ncannot read or write: {error}\n", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again and it goes on where it stopped.\n", file=sys.stderr)
         return 130
     return 0
 
 
-def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, UserWarning):
+def _note(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning) and "site-packages" not in filename:  # what libraries say to each other
         print(f"note: {message}", file=sys.stderr)
 
 
@@ -151,14 +152,6 @@ def byte_count(text: str) -> int:
     return int(number) * units[unit]
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the summary."""
-
-    word: str
-    text: str
-
-
 def model_line(cfg: ModelConfig, metas: Mapping[str, Meta]) -> str:
     """The model in one line: family, sizes, parameters, what its tensors are stored as."""
     count = sum(torch.Size(meta.shape).numel() for meta in metas.values())
@@ -210,17 +203,3 @@ def layout_notes(layout: Layout, cfg: ModelConfig, form: str) -> list[str]:
     if cfg.tied_embeddings and layout.chunks > 1 and form != "torch_dist":
         notes.append("the embedding is tied: the last stage holds a copy of it, as Megatron wants")
     return notes
-
-
-def print_summary(lines: Sequence[Line], notes: Sequence[str]) -> None:
-    """The summary before the work."""
-    for line in lines:
-        print(f"{line.word:>7s}  {line.text}")
-    for note in notes:
-        print(f"   note  {note}")
-    sys.stdout.flush()
-
-
-def stopped_where(out: Path) -> str:
-    """Where a stopped conversion lies."""
-    return str(building_folder(out))

@@ -37,6 +37,11 @@ def read_folder(folder: str | Path) -> dict[str, StoredTensor]:
             + (f" (with gguf_file={others[0]!r} in from_pretrained)" if others[0].endswith(".gguf") else "")
             + "; it writes safetensors."
         )
+    parts = sorted(path.name for path in folder.glob("*.safetensors"))
+    if parts:
+        raise ValueError(
+            f"{folder} holds {', '.join(parts[:3])} but no {INDEX}, which says what lies where; fetch it too"
+        )
     raise ValueError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there; fetch the checkpoint again")
 
 

@@ -149,6 +149,7 @@ def writing(
         ValueError: `out` is in use, or another conversion is under way there.
     """
     check_target(out, source)
+    out = out.resolve()
     folder = building_folder(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +187,8 @@ def check_target(out: Path, source: Path) -> None:
         ValueError: something is there, or it lies in the source.
     """
     here, there = out.resolve(), source.resolve()
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out} is a link that leads nowhere; name a new folder with --out")
     if out.is_file():
         raise ValueError(f"{out} is a file; name a new folder with --out")
     if here == there or here.is_relative_to(there):

@@ -121,22 +121,28 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if len(head) < 8 or 8 + length > size:
             raise ValueError(f"{file} is truncated: {size} bytes do not even hold its header; fetch it again")
-        try:
-            header = json.loads(handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as err:
-            raise ValueError(f"{file} is not a safetensors file ({err}); fetch it again") from err
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{file}: tensor {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
+        text = handle.read(length)
+    try:
+        header = json.loads(text)
+        tensors = {
+            name: _described(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+        }
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as err:
+        raise ValueError(f"{file} is not a safetensors file ({type(err).__name__}: {err}); fetch it again") from err
     expected = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if size < expected:
         raise ValueError(f"{file} is truncated: it has {size} bytes, its header promises {expected}; fetch it again")
     return tensors
+
+
+def _described(file: Path, name: str, entry: Any, first: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{file}: tensor {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
+    start, stop = entry["data_offsets"]
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if start < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{file} is corrupt: {name} has shape {list(shape)} and {stop - start} bytes; fetch it again")
+    return StoredTensor(file, dtype, shape, first + start, first + stop)
 
 
 def begin_file(
