@@ -11,7 +11,7 @@ from convert.copying import blocks
 from convert.foreign import read_weights
 from convert.llama_like import Plan, left_out, repeated, sizes
 from convert.reshaped import Reshaped, check_names
-from convert.rewriting import Job, rewrite, summary
+from convert.rewriting import Job
 from convert.tokenizer_files import carry_files, notes_on
 
 
@@ -63,13 +63,3 @@ def check_zero(weights: Tensors, name: str, family: str) -> None:
                 f"this model cannot become a {family}: {name} is not zero, and {family} has no such bias. Leaving it "
                 "out would change what the model says."
             )
-
-
-def run(job: Job, notes: list[str]) -> None:
-    """Write the folder and say what was done.
-
-    Raises:
-        ValueError: see `rewrite`.
-    """
-    rewrite(job)
-    print(summary(job, notes))

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.between import add_folders, prepared, run
+from convert.between import add_folders, prepared
 from convert.cli import add_common, parser_of, told
 from convert.foreign import read_object
 from convert.llama_like import MLP, OUT, QKV, Plan, added_zeros, carried, decoder_shapes, renamed, sizes
-from convert.rewriting import Job
+from convert.rewriting import Job, rewrite
 
 
 def plan(config: Mapping[str, Any], folder: Path, to: str) -> Plan:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_folders(parser)
     add_common(parser)
     parser.add_argument("--to", choices=("qwen2", "mistral"), required=True, help="the family to write")
-    run(*job(parser.parse_args(argv)))
+    rewrite(*job(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

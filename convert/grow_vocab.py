@@ -19,7 +19,7 @@ from convert.cli import DTYPES, add_common, parser_of, positive, told
 from convert.foreign import read_object, read_weights
 from convert.hf_folder_files import copy_files
 from convert.reshaped import Reshaped
-from convert.rewriting import Job, rewrite, summary
+from convert.rewriting import Job, rewrite
 from convert.tokenizer_files import licences
 from convert.vocabulary import Tokens, add_tokens, grown, read_tokenizer, save_tokenizer
 
@@ -127,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_common(parser)
     made, _, notes = job(parser.parse_args(argv))
-    rewrite(made)
-    print(summary(made, notes))
+    rewrite(made, notes)
 
 
 if __name__ == "__main__":

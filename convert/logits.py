@@ -46,7 +46,9 @@ def compare_logits(source: Opened, output: Opened, metas: Mapping[str, Meta]) ->
     logits = []
     for opened in (replace(source, tensors=Converted(source.tensors, metas)), output):
         if opened.format == "hugging_face":
-            logits.append(_theirs(opened.path, tokens, None if opened is output else next(iter(rounded), None)))
+            logits.append(
+                transformers_logits(opened.path, tokens, None if opened is output else next(iter(rounded), None))
+            )
         else:
             logits.append(_ours(opened, cfg, tokens))
         gc.collect()
@@ -78,7 +80,7 @@ def _ours(opened: Opened, cfg: ModelConfig, tokens: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def _theirs(folder: Path, tokens: torch.Tensor, rounded: torch.dtype | None) -> torch.Tensor:
+def transformers_logits(folder: Path, tokens: torch.Tensor, rounded: torch.dtype | None) -> torch.Tensor:
     """Logits by transformers; its weights (not its buffers) are rounded to a dtype first, if there is one."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

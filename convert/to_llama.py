@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.between import add_folders, prepared, run
+from convert.between import add_folders, prepared
 from convert.cli import add_common, parser_of, told
 from convert.foreign import read_object
 from convert.llama_like import OUT, QKV, Plan, added_zeros, carried, decoder_shapes, renamed, sizes
 from convert.reshaped import Normalised, Taken
-from convert.rewriting import Job
+from convert.rewriting import Job, rewrite
 
 REFUSED = {
     "qwen3": "Qwen3 normalises queries and keys after their projections; LLaMA has no such norms",
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=("yes", "no"),
         help="Baichuan only: whether the head's rows are normalised (yes for Baichuan2); found out where possible",
     )
-    run(*job(parser.parse_args(argv)))
+    rewrite(*job(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

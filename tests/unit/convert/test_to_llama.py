@@ -134,7 +134,11 @@ def test_dtype_and_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (folder / "LICENSE").write_text("terms")
     out, _ = converted(folder, "--dtype", "bf16", "--verify")
     said = capsys.readouterr().out
-    assert "left out of config.json: colour, use_mrope" in said and "read back and compared" in said
+    assert (
+        "left out of config.json: colour, use_mrope" in said
+        and "checksums (SHA-256): 42 of 42 tensors equal" in said
+        and "logits of source and result, 64 tokens" in said
+    )
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     stored, theirs = load_file(out / "model.safetensors"), before.state_dict()
     assert all(tensor.dtype is torch.bfloat16 for tensor in stored.values())
@@ -230,7 +234,9 @@ def test_verify_sees_one_wrong_bit(
         put(sink, name, 7, row)
 
     monkeypatch.setattr(rewriting, "copy", spoiling)
-    assert "model.layers.2.mlp.up_proj.weight is not what was written" in refused(capsys, folder, "--verify")
+    assert "1 of 30 tensors are not what the source has: model.layers.2.mlp.up_proj.weight" in refused(
+        capsys, folder, "--verify"
+    )
 
 
 def test_there_and_back_gives_the_same_bytes(tmp_path: Path) -> None:
