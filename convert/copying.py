@@ -94,7 +94,7 @@ def copy(
     each_at_once((block for hf, meta in wanted.items() for block in blocks(hf, meta, most)), one, workers)
 
 
-def each_at_once(items: Iterator[Item], work: Callable[[Item], None], workers: int) -> None:
+def each_at_once(items: Iterator[Item], work: Callable[[Item], object], workers: int) -> None:
     """Call `work` with every item, in order, `workers` at a time. The first exception stops all; it is raised here."""
     lock, stop = threading.Lock(), threading.Event()
 

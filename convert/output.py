@@ -221,8 +221,8 @@ def check_space(output: Output, needed: int) -> None:
 def size(count: int) -> str:
     """Bytes for a reader."""
     for unit, one in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= one:
-            return f"{count / one:.3g} {unit}" if count < 999.5 * one else f"{count / one:.0f} {unit}"
+        if count >= 0.9995 * one:
+            return f"{count / one:.3g} {unit}" if count < 999.5 * one else f"{count / one:,.0f} {unit}"
     return f"{count} bytes"
 
 
