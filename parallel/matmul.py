@@ -28,6 +28,20 @@ def product_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
+def product_nt_plus(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor, times: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(a @ b.T + bias) * times` in one pass, for `a [M, K]`, `b [N, K]`, `bias [N]`, `times [M, N]` -> [M, N]."""
+    if not _ONEDNN or a.dtype is not torch.float32 or a.device.type != "cpu":
+        out = torch.addmm(bias, a, b.t())
+        return out if times is None else out.mul_(times)
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()
+    if times is None:
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(a, times, b, bias, "mul")
+
+
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`grad.T @ x` for `grad [T, O]`, `x [T, I]` -> [O, I].
 

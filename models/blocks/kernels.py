@@ -1,4 +1,5 @@
-"""torch's fused attention kernels as forward and backward, with the log-sum-exp of each query handed out.
+"""Attention kernels as forward and backward, with the log-sum-exp of each query handed out: torch's fused ones, and on
+a CPU our own where that is faster.
 
 Blocks of keys are joined by it: the backward of one block takes the output and log-sum-exp over *all* blocks.
 Shapes: q [N, H, Q, K], k and v [N, G, S, K]; log-sum-exp fp32 [N, H, Q]; mask [Q, S], 0 or -inf. G divides H.
@@ -6,6 +7,8 @@ Shapes: q [N, H, Q, K], k and v [N, G, S, K]; log-sum-exp fp32 [N, H, Q]; mask [
 
 import torch
 from torch.nn import functional as F
+
+from models.blocks import blocked_attention
 
 _aten = torch.ops.aten
 _LSE_ROWS = 32
@@ -16,6 +19,8 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [N, H, Q, K] and log-sum-exp [N, H, Q]. `causal` needs Q = S; `scale` None is 1 / sqrt(K)."""
+    if mask is None and blocked_attention.pays(q, k):
+        return blocked_attention.attend(q, k, v, causal, scale)
     mask = None if mask is None else mask.to(q.dtype)
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
@@ -38,6 +43,8 @@ def attend_backward(
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from that of the output."""
+    if mask is None and blocked_attention.pays(q, k):
+        return blocked_attention.attend_backward(grad, q, k, v, out, log_sum, causal, scale)
     mask = None if mask is None else mask.to(q.dtype)
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -1,4 +1,4 @@
-"""Packed attention on the CPU in one autograd function: rotation, torch's flash kernels per piece, one gradient buffer.
+"""Packed attention on the CPU in one autograd function: rotation, a fused kernel per piece, one gradient buffer.
 
 Around torch's public function the same work costs a copy of every slice and, in the backward, a zeroed full-size
 gradient for each document. Kept for the backward: the rotated q|k|v rows (in the projection's own buffer), the output
@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
+from models.blocks.kernels import attend, attend_backward
 from models.blocks.pieces import Piece
 from models.blocks.rope import rotate_, rotate_into
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _heads(rows: torch.Tensor, start: int, stop: int, docs: int, dim: int) -> torch.Tensor:
@@ -40,8 +38,7 @@ class _CpuAttention(torch.autograd.Function):
         for p in pieces:
             qp = _heads(q, p.q_start, p.q_stop, p.docs, dim)
             kp, vp = (_heads(x, p.k_start, p.q_stop, p.docs, dim) for x in (k, v))
-            mask = None if p.mask is None else p.mask.to(qkv.dtype)
-            got, log_sum = _forward(qp, kp, vp, 0.0, p.mask is None, attn_mask=mask)
+            got, log_sum = attend(qp, kp, vp, p.mask is None, p.mask, None)
             rows = got.transpose(1, 2).reshape(p.q_stop - p.q_start, parts[0])
             if out is None:
                 out = rows
@@ -64,10 +61,9 @@ class _CpuAttention(torch.autograd.Function):
         gq, gk, gv = grads.split(parts, 1)
         for p, log_sum in zip(ctx.pieces, log_sums, strict=True):
             q_range, k_range = (p.q_start, p.q_stop, p.docs, dim), (p.k_start, p.q_stop, p.docs, dim)
-            mask = None if p.mask is None else p.mask.to(qkv.dtype)
-            dq, dk, dv = _backward(
+            dq, dk, dv = attend_backward(
                 _heads(grad, *q_range), _heads(q, *q_range), _heads(k, *k_range), _heads(v, *k_range),
-                _heads(out, *q_range), log_sum, 0.0, p.mask is None, attn_mask=mask,
+                _heads(out, *q_range), log_sum, p.mask is None, p.mask, None,
             )  # fmt: skip
             dq, dk, dv = (d.transpose(1, 2).flatten(0, 1) for d in (dq, dk, dv))
             queries, keys = slice(p.q_start, p.q_stop), slice(p.k_start, p.q_stop)

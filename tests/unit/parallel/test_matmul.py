@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from parallel.matmul import Again, linear, product_nt, product_nt_fp32
+from parallel import matmul
+from parallel.matmul import Again, linear, product_nt, product_nt_fp32, product_nt_plus
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn", "gaps", "thin"])
@@ -26,6 +27,23 @@ def test_product_of_any_strides(layout: str) -> None:
 def test_product_of_nothing_is_empty_or_zero() -> None:
     assert product_nt(torch.empty(0, 4), torch.ones(3, 4)).shape == (0, 3)
     assert torch.equal(product_nt(torch.empty(2, 0), torch.empty(3, 0)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("how", ["onednn", "gaps", "without onednn", "fp64"])
+@pytest.mark.parametrize("times", [False, True])
+def test_product_with_bias_and_factor(monkeypatch: pytest.MonkeyPatch, how: str, times: bool) -> None:
+    """fp64 reference; 1e-5."""
+    monkeypatch.setattr(matmul, "_ONEDNN", matmul._ONEDNN and how != "without onednn")
+    a, b, bias = torch.randn(33, 47), torch.randn(21, 60)[:, 5:52], torch.randn(21)
+    factor = torch.randn(33, 21) if times else None
+    expected = (a.double() @ b.double().t() + bias.double()) * (1.0 if factor is None else factor.double())
+    if how != "gaps":
+        b = b.contiguous()
+    if how == "fp64":
+        a, b, bias = a.double(), b.double(), bias.double()
+        factor = None if factor is None else factor.double()
+    found = product_nt_plus(a, b, bias, factor)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_half_precision_product_is_not_rounded() -> None:
