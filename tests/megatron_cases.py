@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,21 @@ import torch
 import torch.distributed as dist
 
 VERSION = "0.16.1"
+
+
+def what_is_missing() -> str | None:
+    """Why no test can run Megatron-core here, and the way out; None where it is installed."""
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        found = "not installed"
+    if found == VERSION:
+        return None
+    return (
+        f"nothing here proves the Megatron layout: megatron-core is {found}, these tests are for {VERSION}. Run "
+        f"`pip install --no-deps megatron-core=={VERSION}` (scripts/_env.sh does). There are wheels for Linux and "
+        "Python 3.10 to 3.13; for anything else it is built from source, which needs a C++ compiler"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +88,16 @@ def on_a_cpu() -> Iterator[None]:
                 kwargs[key] = [int(size) for size in kwargs[key]]
         return all_to_all(*args, **kwargs)
 
+    ones = torch.ones
+
+    def ones_here(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return ones(*args, device="cpu" if device == "cuda" else device, **kwargs)  # the sliding window's mask
+
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (torch.cuda, "current_device", lambda: torch.device("cpu")),
             (torch.Tensor, "cuda", lambda self: self),
+            (torch, "ones", ones_here),
             (rng.CudaRNGStatesTracker, "fork", lambda *args, **kwargs: contextlib.nullcontext()),
             (attention.DotProductAttention, "__init__", any_value_size),
             (mappings.torch.distributed, "all_to_all_single", with_int_sizes),
@@ -168,6 +190,7 @@ def build(args: argparse.Namespace, vp_stage: int | None) -> Any:
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     ).eval()
     for tensor in model.state_dict().values():
@@ -208,7 +231,18 @@ def transformer_config(args: argparse.Namespace) -> Any:
         "moe_token_dispatcher_type": "allgather",
         "gradient_accumulation_fusion": False,
     }
-    return kind(**fields)
+    config = kind(**fields)
+    if args.position_embedding_type == "yarn":
+        # Read from the config by these names, which it has no fields for; the first and the mscales come from others.
+        taken = {
+            "rotary_scaling_factor": "rotary_scaling_factor",
+            "mscale": "mscale",
+            "mscale_all_dim": "mscale_all_dim",
+        }
+        own = ("original_max_position_embeddings", "beta_fast", "beta_slow", "correction_range_round_to_int")
+        for name, given in (taken | {key: f"yarn_{key}" for key in own}).items():
+            setattr(config, f"yarn_{name}", getattr(args, given))
+    return config
 
 
 def with_local_names(state: dict[str, Any], args: argparse.Namespace, tp_rank: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from convert.copying import copy
+from convert.copying import converted, copy
 from convert.from_hf import open_hf
 from convert.megatron.args import to_args
 from convert.megatron.layout import Layout, problems
@@ -34,18 +33,8 @@ TOKENS_BT = torch.randint(0, 1 << 20, (2, 24), generator=torch.Generator().manua
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> None:
     """Megatron-core is there: these tests fail without it, they are not left out."""
-    way = (
-        f"run `pip install --no-deps megatron-core=={megatron_cases.VERSION}` (scripts/_env.sh does); there are wheels "
-        "for Python 3.10 to 3.13, for a later one it is built from source and needs a C++ compiler"
-    )
-    try:
-        found = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.fail(f"megatron-core is not installed, so that nothing proves the Megatron layout; {way}", pytrace=False)
-    if found != megatron_cases.VERSION:
-        pytest.fail(
-            f"megatron-core {found} is installed, these tests are for {megatron_cases.VERSION}; {way}", pytrace=False
-        )
+    if missing := megatron_cases.what_is_missing():
+        pytest.fail(missing, pytrace=False)
 
 
 def tiny(name: str, **fields: Any) -> ModelConfig:
@@ -73,9 +62,18 @@ CASES: dict[str, tuple[ModelConfig, Layout]] = {
     "llama3_8_heads_2_groups_tp4": (tiny("llama", num_heads=8, num_kv_heads=2, rope=LLAMA3), Layout(tp=4)),
     "llama_1_group_tp2_vpp2_uneven": (
         tiny("llama", num_kv_heads=1, num_layers=5), Layout(tp=2, pp=2, vpp=2, layers=(1, 2, 1, 1), **LOCAL)),
+    "llama_linear_rope_empty_chunk": (
+        tiny("llama", rope=RopeConfig(scaling="linear", factor=4.0, original_max_seq_len=512)),
+        Layout(pp=4, layers=(2, 0, 1, 1))),
+    "llama_tied_pp2_vpp2": (tiny("llama", tied_embeddings=True), Layout(tp=2, pp=2, vpp=2)),
+    "qwen2_windows_pp2": (
+        tiny("qwen2", sliding_window=7, full_attention_layers=1), Layout(tp=2, pp=2, **LOCAL)),
     "qwen2_tied_tp2_uneven": (tiny("qwen2"), Layout(tp=2, pp=2, layers=(1, 3))),
     "qwen2_tied_tp2": (tiny("qwen2"), Layout(tp=2, **LOCAL)),
     "qwen3_vpp2": (tiny("qwen3"), Layout(tp=2, pp=2, vpp=2)),
+    "qwen3_yarn_pp2": (
+        tiny("qwen3", rope=RopeConfig(scaling="yarn", factor=8.0, original_max_seq_len=64)), Layout(tp=2, pp=2)),
+    "mixtral_window_pp4": (tiny("mixtral", sliding_window=7), Layout(pp=4)),
     "mixtral_tp2_ep2": (tiny("mixtral"), Layout(tp=2, ep=2, **LOCAL)),
     "qwen2_moe_pp2_ep2": (tiny("qwen2_moe"), Layout(pp=2, ep=2)),
     "qwen2_moe_normalized_tp4": (
@@ -106,15 +104,19 @@ def hf_model(cfg: ModelConfig) -> Any:
     return model
 
 
-def write_both(cfg: ModelConfig, layout: Layout, folder: Path) -> torch.Tensor:
-    """A Hugging Face folder in `folder`/hf, converted into `folder`/megatron; transformers' logits of TOKENS."""
+def write_both(cfg: ModelConfig, layout: Layout, folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A Hugging Face folder in `folder`/hf, converted into `folder`/megatron; transformers' logits of TOKENS_BT."""
     model = hf_model(cfg)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.to(dtype))
     model.save_pretrained(folder / "hf")
     opened = open_hf(folder / "hf")
     assert dataclasses.replace(opened.cfg, init_std=cfg.init_std) == cfg
-    root = folder / "megatron"
-    args = to_args(cfg, layout, torch.float32)
-    copy(opened.tensors, begin_torch(root, cfg, layout, opened.tensors.metas, args))
+    exact = {name for name in opened.tensors.metas if name.endswith("correction_bias")}
+    metas = converted(opened.tensors.metas, dtype, exact)
+    sink = begin_torch(folder / "megatron", cfg, layout, metas, to_args(cfg, layout, dtype))
+    copy(opened.tensors, sink)
     with torch.no_grad():
         return model(TOKENS_BT % cfg.vocab_size).logits
 
@@ -141,6 +143,17 @@ def test_logits(pool: Callable[[int], Pool], tmp_path: Path, case: str) -> None:
     assert difference(pool, cfg, layout, tmp_path, expected) < TOLERANCE
 
 
+def test_bf16_but_for_the_routers_bias(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    """The model is as exact as in fp32 where its weights are bf16 numbers; the bias for choosing experts is not one."""
+    cfg, layout = CASES["deepseek_v3_tp2_ep2"]
+    expected = write_both(cfg, layout, tmp_path, torch.bfloat16)
+    assert difference(pool, cfg, layout, tmp_path, expected) < TOLERANCE
+    for _, state in rank_files(tmp_path / "megatron"):
+        for name, tensor in state["model"].items():
+            assert tensor.dtype == (torch.float32 if name.endswith("expert_bias") else torch.bfloat16), name
+        assert state["args"].params_dtype == torch.bfloat16
+
+
 def test_every_family_axis_and_naming_is_among_the_cases() -> None:
     layouts = [layout for _, layout in CASES.values()]
     assert {cfg.family for cfg, _ in CASES.values()} == set(FAMILIES)
@@ -161,14 +174,19 @@ States = dict[str, dict[str, Any]]
 """For each rank's folder the content of its file."""
 
 
+def rank_files(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each rank's file with its content."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        for file in sorted(root.glob("release/*/model_optim_rng.pt")):
+            yield file, torch.load(file, weights_only=True)
+
+
 def edited(root: Path, edit: Callable[[States], None]) -> None:
     """Change the files of a checkpoint."""
-    files = {file.parent.name: file for file in root.glob("release/*/model_optim_rng.pt")}
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        states = {name: torch.load(file, weights_only=True) for name, file in files.items()}
-    edit(states)
-    for name, file in files.items():
-        torch.save(states[name], file)
+    files = dict(rank_files(root))
+    edit({file.parent.name: state for file, state in files.items()})
+    for file, state in files.items():
+        torch.save(state, file)
 
 
 def each_tensor(states: States, *parts: str) -> Iterator[tuple[dict[str, torch.Tensor], str]]:
@@ -240,6 +258,28 @@ def layers_in_the_wrong_order(states: States) -> None:
                     state["model1"][name], other["model0"][name] = other["model0"][name], state["model1"][name]
 
 
+def llama3_scaling_forgotten(states: States) -> None:
+    for state in states.values():
+        state["args"].use_rope_scaling = False
+
+
+def yarn_without_its_factor_on_scores(states: States) -> None:
+    for state in states.values():
+        state["args"].mscale = 0.0
+
+
+def window_one_too_wide(states: States) -> None:
+    """Megatron does not count the query itself, transformers does."""
+    for state in states.values():
+        left, right = state["args"].window_size
+        state["args"].window_size = left + 1, right
+
+
+def weights_of_all_experts_not_of_the_chosen(states: States) -> None:
+    for state in states.values():
+        state["args"].moe_router_pre_softmax = True
+
+
 FAULTS: dict[Callable[[States], None], tuple[str, str]] = {
     heads_not_interleaved: ("llama_tp2_pp2", ""),
     gate_up_cut_as_one: ("llama_tp2_pp2", ""),
@@ -249,6 +289,10 @@ FAULTS: dict[Callable[[States], None], tuple[str, str]] = {
     zero_expert_bias: ("deepseek_v3_tp2_ep2", ""),
     experts_on_the_wrong_rank: ("mixtral_tp2_ep2", ""),
     layers_in_the_wrong_order: ("qwen3_vpp2", ""),
+    llama3_scaling_forgotten: ("llama3_8_heads_2_groups_tp4", ""),
+    yarn_without_its_factor_on_scores: ("qwen3_yarn_pp2", ""),
+    window_one_too_wide: ("mixtral_window_pp4", ""),
+    weights_of_all_experts_not_of_the_chosen: ("mixtral_tp2_ep2", ""),
 }
 """What is done wrong: to which case, and the name that Megatron then misses (none: it loads, and the logits differ)."""
 
