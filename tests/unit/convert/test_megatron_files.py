@@ -275,6 +275,18 @@ def test_other_archives_are_told(tmp_path: Path) -> None:
         read_torch_file(saved(tmp_path, {}, model=None))
 
 
+def test_a_tensor_beyond_its_storage_is_told(tmp_path: Path) -> None:
+    file = saved(tmp_path, {"a": torch.ones(2, 3)})
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries["model_optim_rng/data/0"] = bytes(20)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="a does not lie within a storage"):
+        read_torch_file(file)
+
+
 def test_big_endian_and_compressed_archives_are_told(tmp_path: Path) -> None:
     file = saved(tmp_path, {"a": torch.ones(2)})
     with zipfile.ZipFile(file) as archive:

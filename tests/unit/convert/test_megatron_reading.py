@@ -268,6 +268,11 @@ def test_any_padding_is_accepted(tmp_path: Path) -> None:
         opened = open_megatron(tmp_path / "b")
     assert opened.cfg == cfg and holds(opened, hf)
 
+    save(tmp_path / "c", cfg, Layout(tp=2, vocab_multiple=384), vocab_size=None, make_vocab_size_divisible_by=128)
+    keep_config(tmp_path / "c", cfg)
+    opened = open_megatron(tmp_path / "c")
+    assert opened.cfg == cfg and opened.layout and opened.layout.padded_vocab(500) == 768 and holds(opened, hf)
+
 
 def keep_config(root: Path, cfg: ModelConfig) -> None:
     (root / "huggingface").mkdir(exist_ok=True)
