@@ -193,6 +193,27 @@ def test_a_vocabulary_padded_by_others_keeps_its_rows(vocab: int, padded: int, t
     assert cfg.vocab_size == padded == layout.padded_vocab(cfg.vocab_size)
 
 
+def test_a_tokenizer_without_words_does_not_say_the_vocabulary() -> None:
+    args = LLAMA_3_8B | {"vocab_size": 128255, "tokenizer_type": "NullTokenizer"}
+    assert from_args(args)[0].vocab_size == 128512
+
+
+@pytest.mark.parametrize(("every", "window"), [(None, 128), (8, 128), (1, None), ([0, 0, 1, 1], 128)])
+def test_windows_of_every_spelling(every: Any, window: int | None) -> None:
+    """A number counts layers from one, and each that it divides sees everything."""
+    args = SIZES | QWEN | {"window_size": (127, 0), "window_attn_skip_freq": every}
+    cfg, _ = from_args(args)
+    assert (cfg.sliding_window, cfg.full_attention_layers) == (window, 2 if isinstance(every, list) else 0)
+    assert from_args(args | {"window_size": [-1, 0]})[0].sliding_window is None
+
+
+def test_a_single_expert_keeps_its_sigmoid() -> None:
+    """Megatron divides by the sum of the scores only where there are several."""
+    args = DEEPSEEK_V3 | {"moe_router_num_groups": None, "moe_router_group_topk": None}
+    moe = from_args(args | {"moe_router_topk": 1})[0].moe
+    assert moe is not None and not moe.normalize and moe.groups == 1
+
+
 REFUSED: dict[str, Any] = {
     "normalization": "LayerNorm",
     "swiglu": False,
