@@ -65,7 +65,7 @@ def numbered(cfg: ModelConfig) -> dict[str, torch.Tensor]:
 
 def row_count(shape: tuple[int, ...]) -> int:
     """All dims but the last, counted as one; a vector's rows are its elements."""
-    return math.prod(shape[:-1] if len(shape) > 1 else shape)
+    return math.prod(shape[:-1] or shape)
 
 
 def empty_states(cfg: ModelConfig, layout: Layout, metas: Mapping[str, Meta]) -> tuple[States, Pieces[Held]]:
