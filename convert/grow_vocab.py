@@ -21,7 +21,7 @@ from convert.hf_folder_files import copy_files
 from convert.reshaped import Reshaped
 from convert.rewriting import Job, rewrite
 from convert.tokenizer_files import licences
-from convert.vocabulary import Tokens, add_tokens, grown, read_tokenizer, save_tokenizer
+from convert.vocabulary import Tokens, add_tokens, growing_tensors, grown, read_tokenizer, save_tokenizer
 
 
 def wanted_tokens(tokens: Sequence[str] | None, file: Path | None) -> list[str]:
@@ -63,6 +63,7 @@ def job(args: argparse.Namespace) -> tuple[Job, Tokens, list[str]]:
     wanted = wanted_tokens(args.tokens, args.tokens_file)
     config = read_object(args.hf / "config.json")
     weights = read_weights(args.hf)
+    growing_tensors(weights, config)  # before the tokenizer is read, whose library reads config.json too
     tokens = add_tokens(read_tokenizer(args.hf), wanted, args.special)
     recipes, total = grown(weights, config, tokens, args.init, args.multiple_of)
 
@@ -85,6 +86,7 @@ def job(args: argparse.Namespace) -> tuple[Job, Tokens, list[str]]:
         workers=args.workers,
         start_over=args.start_over,
         verify=args.verify,
+        new_ids=set(tokens.added.values()),
     )
     return made, tokens, changes(tokens, config["vocab_size"], total, args.init)
 

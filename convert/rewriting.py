@@ -1,7 +1,7 @@
 """Writing a Hugging Face folder made of another one: weights streamed, config and tokenizer beside them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Job:
     """None: every tensor in its own."""
     start_over: bool = False
     verify: bool = False
+    new_ids: Collection[int] = ()
+    """Token ids whose rows are new: their logits are not those of the source."""
     shard_bytes: int = SHARD_BYTES
 
     @property
@@ -127,10 +129,10 @@ def compare_logits(job: Job, folder: Path, metas: Mapping[str, Meta]) -> str:
         return f"logits: not compared, transformers has no {theirs.get('model_type')} without code of its own"
     if needed > free:
         return f"logits: not compared, the model needs {size(needed)} of memory and {size(free)} are free"
-    vocab = int(theirs["vocab_size"])
-    tokens = torch.randint(vocab, (TOKENS,), generator=torch.Generator().manual_seed(0))
-    wanted = transformers_logits(job.source, tokens, job.dtype)
-    found = transformers_logits(folder, tokens, None)[:, :vocab]
+    ids = torch.tensor([i for i in range(theirs["vocab_size"]) if i not in job.new_ids])
+    tokens = ids[torch.randint(len(ids), (TOKENS,), generator=torch.Generator().manual_seed(0))]
+    wanted = transformers_logits(job.source, tokens, job.dtype)[:, ids]
+    found = transformers_logits(folder, tokens, None)[:, ids]
     largest, difference = wanted.abs().max().item(), (found - wanted).abs().max().item()
     numbers = f"largest difference {difference:.1e}, largest logit {largest:.3g}, allowed {TOLERANCE:.0e} of it"
     if not difference <= TOLERANCE * largest:

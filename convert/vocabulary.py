@@ -42,7 +42,7 @@ def read_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as err:
+    except Exception as err:  # the libraries below raise anything, even a bare Exception
         raise ValueError(f"the tokenizer in {folder} cannot be read: {err}") from err
 
 
@@ -108,9 +108,9 @@ def grown(
     token, up to the multiple, hold the mean.
 
     Raises:
-        ValueError: the weights have no embedding that is known here, or not of vocab_size rows.
+        ValueError: see `growing_tensors`.
     """
-    growing = _growing(weights, config)
+    growing = growing_tensors(weights, config)
     old = config["vocab_size"]
     needed = max(tokens.added.values()) + 1
     total = old if needed <= old else -(-needed // multiple_of) * multiple_of
@@ -131,7 +131,12 @@ def grown(
     return recipes, total
 
 
-def _growing(weights: Tensors, config: Mapping[str, Any]) -> list[str]:
+def growing_tensors(weights: Tensors, config: Mapping[str, Any]) -> list[str]:
+    """The tensors that have a row for each token.
+
+    Raises:
+        ValueError: no embedding that is known here, or not of vocab_size rows.
+    """
     old = config.get("vocab_size")
     if EMBED not in weights.metas or not isinstance(old, int):
         raise ValueError(f"the model has no {EMBED}, or its config.json no vocab_size: it is of no family known here")
