@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.utils import _create_file_view  # pyright: ignore[reportPrivateUsage]
@@ -18,7 +18,7 @@ from convert.boxes import Box, Pieces
 from convert.megatron.dist_metadata import Noted, Part, Place, read_metadata
 from convert.megatron.dist_names import Global, globals_of
 from convert.megatron.dist_writing import begin_dist
-from convert.megatron.fitting import metas_of, refuse_other_tensors
+from convert.megatron.fitting import is_ignored, metas_of, refuse_other_tensors, tell_left_out
 from convert.megatron.layout import Layout
 from convert.megatron.rank_files import RankFile, Strided, read_objects
 from convert.megatron.reading import HF_FILES, find_folder, understood, with_config
@@ -59,7 +59,7 @@ class Blob:
                 view = _create_file_view(handle, place.start, place.stop - place.start)
                 found = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
         except Exception as err:  # torch raises all kinds on damaged bytes
-            raise ValueError(f"{self._told} is damaged ({err}); fetch it again") from err
+            raise ValueError(f"{self._told} is damaged ({type(err).__name__}); fetch it again") from err
         if not isinstance(found, torch.Tensor) or (found.dtype, tuple(found.shape)) != (self.dtype, sizes):
             raise ValueError(f"{self._told} is not {list(sizes)} of {self.dtype}, as .metadata says; fetch it again")
         size = self.dtype.itemsize
@@ -101,10 +101,10 @@ def open_dist(path: str | Path) -> Opened:
     common = _common(folder, objects)
     cfg, layout = understood(common)
     kept = root / HF_FILES
-    if (kept / "config.json").is_file():
-        cfg = with_config(kept, cfg, layout, common)
+    cfg = with_config(kept, cfg, layout, common)
+    layout = _as_saved(layout, common.args)
     pieces = _fitting(folder, cfg, layout, tensors)
-    layout = _as_stored(cfg, layout, tensors)
+    layout = _as_padded(cfg, layout, tensors)
     found = Pieces(metas_of(cfg, pieces), pieces)
     return Opened(path, "torch_dist", cfg, found, kept if kept.is_dir() else None, layout)
 
@@ -133,7 +133,17 @@ def _common(folder: Path, objects: Mapping[str, Place]) -> RankFile:
     return RankFile(file, args if isinstance(args, dict) else vars(args), version, iteration, 1, {})
 
 
-def _as_stored(cfg: ModelConfig, layout: Layout, tensors: Mapping[str, Noted]) -> Layout:
+def _as_saved(layout: Layout, args: Mapping[str, Any]) -> Layout:
+    """The layout with the names that the model had which was saved."""
+    local, grouped = args.get("transformer_impl") == "local", bool(args.get("moe_grouped_gemm", True))
+    return replace(
+        layout,
+        implementation="local" if local else "transformer_engine",
+        experts="grouped" if grouped else "sequential",
+    )
+
+
+def _as_padded(cfg: ModelConfig, layout: Layout, tensors: Mapping[str, Noted]) -> Layout:
     """The layout with what the embedding's padding says."""
     padded = tensors["embedding.word_embeddings.weight"].shape[0]
     if padded % layout.tp or layout.padded_vocab(cfg.vocab_size) == padded:
@@ -164,8 +174,9 @@ def _fitting(
                 (Blob(noted.dtype, part, tensor.rows_shape(part.sizes)), tensor.boxes(part.offsets, part.sizes))
                 for part in noted.parts
             )
-    unknown = [name for name in left if not OPTIMIZER.match(name)]
-    refuse_other_tensors(folder, cfg, missing, unequal, unknown)
+    unused = [name for name in left if not OPTIMIZER.match(name)]
+    refuse_other_tensors(folder, cfg, missing, unequal, [name for name in unused if not is_ignored(name)])
+    tell_left_out(folder, unused)
     return pieces
 
 

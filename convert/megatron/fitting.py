@@ -79,12 +79,10 @@ def fitting(folder: Path, cfg: ModelConfig, layout: Layout, found: Mapping[Rank,
         else:
             pieces.append((tensor, local.boxes))
     unused = [(rank, key) for rank, tensors in left.items() for key in tensors]
-    ignored = [key[1] for _, key in unused if _is_ignored(key[1])]
-    unknown = [_called(layout, rank, key) for rank, key in unused if not _is_ignored(key[1])]
+    ignored = [key[1] for _, key in unused if is_ignored(key[1])]
+    unknown = [_called(layout, rank, key) for rank, key in unused if not is_ignored(key[1])]
     refuse_other_tensors(folder, cfg, missing, unequal, unknown)
-    told = sorted({name for name in ignored if not name.endswith("_extra_state")})
-    if told:
-        warnings.warn(f"{folder}: {len(told)} tensors are left out:{first_lines(told)}", stacklevel=3)
+    tell_left_out(folder, ignored)
     return Pieces(metas_of(cfg, pieces), pieces)
 
 
@@ -108,7 +106,15 @@ def refuse_other_tensors(
         )
 
 
-def _is_ignored(name: str) -> bool:
+def tell_left_out(folder: Path, ignored: Iterable[str]) -> None:
+    """Warn of tensors that a model here has no place for, the states of Transformer Engine apart."""
+    told = sorted({name for name in ignored if not name.endswith("_extra_state")})
+    if told:
+        warnings.warn(f"{folder}: {len(told)} tensors are left out:{first_lines(told)}", stacklevel=4)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a tensor is one that a model here has no place for and needs none for."""
     return name.endswith(IGNORED)
 
 

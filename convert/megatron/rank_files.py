@@ -47,7 +47,10 @@ class Strided:
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         end = self.start + (last + 1) * self.dtype.itemsize
         mapped = torch.from_file(str(self.file), shared=False, size=end, dtype=torch.uint8)
-        elements = mapped[self.start :].view(self.dtype)
+        values = mapped[self.start :]
+        if self.start % self.dtype.itemsize:
+            values = values.clone()  # torch sees no elements in bytes that begin between two
+        elements = values.view(self.dtype)
         found = elements.as_strided(self.shape, self.strides)[start:stop]
         return found.clone(memory_format=torch.contiguous_format)
 
@@ -141,6 +144,10 @@ def read_objects(source: Path | IO[bytes], file: Path) -> Any:
     Raises:
         ValueError: it is damaged, or holds classes other than Megatron's own.
     """
+    if not zipfile.is_zipfile(source):
+        raise ValueError(f"{file} is truncated, corrupt or no archive of torch.save; fetch it again")
+    if not isinstance(source, Path):
+        source.seek(0)
     with safe_globals([*REAL, *((StandIn, name) for name in HARMLESS)]):
         try:
             unknown = get_unsafe_globals_in_checkpoint(source)

@@ -52,14 +52,7 @@ def open_megatron(path: str | Path) -> Opened:
                 f"pipeline rank into {layout.vpp}; copy it again from where it was written"
             )
     kept = root / HF_FILES
-    if (kept / "config.json").is_file():
-        cfg = with_config(kept, cfg, layout, first)
-    elif first.args.get("vocab_size") != cfg.vocab_size:
-        warnings.warn(
-            f"{path} does not say how many of its {cfg.vocab_size} rows of the vocabulary are padding; all are kept. "
-            f"Put the model's config.json into {kept} to have them cut off",
-            stacklevel=2,
-        )
+    cfg = with_config(kept, cfg, layout, first)
     layout = _as_named(cfg, layout, files)
     pieces = fitting(folder, cfg, layout, {rank: one_by_one(file.tensors, cfg, layout) for rank, file in files.items()})
     return Opened(path, form, cfg, pieces, kept if kept.is_dir() else None, layout)
@@ -158,9 +151,19 @@ def _rank_files(folder: Path, layout: Layout, name: str) -> dict[Rank, Path]:
 def with_config(folder: Path, cfg: ModelConfig, layout: Layout, file: RankFile) -> ModelConfig:
     """The config kept beside a checkpoint, which knows more than args; it must be of the model that `file` describes.
 
+    Where none is kept: `cfg`, with a warning if nothing says which rows of the vocabulary are padding.
+
     Raises:
         ValueError: it is of another model; names the fields.
     """
+    if not (folder / "config.json").is_file():
+        if file.args.get("vocab_size") != cfg.vocab_size:
+            warnings.warn(
+                f"{folder.parent} does not say how many of its {cfg.vocab_size} rows of the vocabulary are padding; "
+                f"all are kept. Put the model's config.json into {folder} to have them cut off",
+                stacklevel=3,
+            )
+        return cfg
     kept = config_from_hf_folder(folder)
     said, same = cfg, kept
     if OWN not in file.args:  # only what Megatron's own arguments can say of it
