@@ -146,7 +146,8 @@ def _bytes_read() -> int:
 
 def test_the_tokenizer_and_the_template_are_found_where_the_run_says(tmp_path: Path) -> None:
     (tmp_path / "tok").mkdir()
-    cfg, said = VARIANTS["llama"], {"tokenizer": str(tmp_path / "tok"), "chat_template": str(tmp_path / "own.jinja")}
+    cfg = VARIANTS["llama"]
+    said: dict[str, Any] = {"tokenizer": str(tmp_path / "tok"), "chat_template": str(tmp_path / "own.jinja")}
     opened = open_loom(write_run(tmp_path / "a", cfg, **said))
     assert (opened.files, opened.chat_template) == (tmp_path / "tok", tmp_path / "own.jinja")
     gone = open_loom(write_run(tmp_path / "b", cfg, tokenizer=str(tmp_path / "gone"), chat_template=None))
