@@ -63,9 +63,10 @@ def _modules(config: dict[str, Any]) -> Iterator[str]:
     mapped = config.get("auto_map") or {}
     for value in mapped.values() if isinstance(mapped, dict) else [mapped]:
         for entry in value if isinstance(value, list) else [value]:
-            # "owner/name--module.Class" is code that lies in another repository.
-            if isinstance(entry, str) and "--" not in entry:
-                yield entry.split(".", 1)[0] + ".py"
+            # "owner/name--module.Class" is code that lies in another repository; a path is never one of ours.
+            found = re.match(r"(\w+)\.", entry) if isinstance(entry, str) else None
+            if found:
+                yield f"{found[1]}.py"
 
 
 def write_config(folder: str | Path, cfg: ModelConfig, dtype: torch.dtype, original: str | Path | None) -> None:

@@ -151,6 +151,8 @@ def test_the_files_of_a_folder_travel(tmp_path: Path) -> None:
 def test_python_files_travel_with_what_they_import(tmp_path: Path) -> None:
     """Those named in either config, those they import from beside them; not others, not code of another repository."""
     auto_map = {"AutoModelForCausalLM": "modeling_own.OwnModel", "AutoConfig": "someone/else--configuration_own.Own"}
+    auto_map |= {"AutoModel": str(tmp_path / "outside.Own")}
+    (tmp_path / "outside.py").write_text("x = 1\n")
     source = folder_with(tmp_path / "hf", SMOLLM | {"auto_map": auto_map})
     tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
     (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
