@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -160,6 +160,15 @@ def test_enough_spare_rows_leave_the_sizes(tmp_path: Path) -> None:
     out = grow(folder, "--tokens", "<a>", "<b>")
     assert load_file(out / "model.safetensors")[EMBED].shape == (330, 32)
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 330
+
+
+def test_a_routers_bias_stays_fp32(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = load_file(folder / "model.safetensors") | {name: torch.full((4,), 1 + 2.0**-20)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    after = load_file(grow(folder, "--tokens", "<a>", "--dtype", "bf16") / "model.safetensors")
+    assert torch.equal(after[name], tensors[name]) and after["model.norm.weight"].dtype is torch.bfloat16
 
 
 def test_the_other_files(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from convert import rewriting
 from convert.boxes import put
 from convert.cli import told
 from convert.from_llama import main as from_llama
+from convert.reshaped import Reshaped
 from convert.to_llama import main as to_llama
 
 SIZES: dict[str, Any] = {
@@ -239,6 +240,41 @@ def test_verify_sees_one_wrong_bit(
     )
 
 
+def test_a_stopped_conversion_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = random(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)))
+    folder, out = save(before, tmp_path / "mistral"), tmp_path / "out"
+    copy, read = rewriting.copy, Reshaped.rows
+    asked: list[str] = []
+
+    def stopping(source: Any, sink: Any, workers: int, done: Any, finished: Any, moved: Any) -> None:
+        def stop(name: str) -> None:
+            finished(name)
+            if name == "model.layers.1.mlp.up_proj.weight":
+                raise KeyboardInterrupt
+
+        copy(source, sink, 1, done, stop, moved)
+
+    def counting(self: Reshaped, hf: str, *rest: Any) -> torch.Tensor:
+        asked.append(hf)
+        return read(self, hf, *rest)
+
+    command = ["--hf", str(folder), "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr(rewriting, "copy", stopping)
+        assert told(to_llama, command) == 130
+    assert not out.exists() and "goes on where it stopped" in capsys.readouterr().err
+    assert told(to_llama, [*command, "--dtype", "bf16"]) == 2
+    assert "--dtype was None, now it is bf16" in capsys.readouterr().err
+    monkeypatch.setattr(Reshaped, "rows", counting)
+    assert told(to_llama, command) == 0
+    assert "model.embed_tokens.weight" not in asked and "model.layers.2.mlp.up_proj.weight" in asked
+    stored = load_file(out / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in before.state_dict().items())
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_there_and_back_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = save(random(Qwen2ForCausalLM(Qwen2Config(**SIZES, rope_parameters=YARN))), tmp_path / "qwen2")
     converted(folder)
@@ -446,6 +482,7 @@ def test_a_tokenizer_of_its_own_code_becomes_llamas(
     out, _ = converted(folder)
     said = capsys.readouterr().out
     assert "was a BaichuanTokenizer (code of its own) and is a LlamaTokenizer now" in said
+    assert ("begins with spaces loses one" in said) is dummy_prefix
     assert (out / "tokenizer.model").read_bytes() == sentencepiece(dummy_prefix)
     assert json.loads((out / "tokenizer_config.json").read_text()) == {
         "add_bos_token": False,
