@@ -155,10 +155,11 @@ def byte_count(text: str) -> int:
 def model_line(cfg: ModelConfig, metas: Mapping[str, Meta]) -> str:
     """The model in one line: family, sizes, parameters, what its tensors are stored as."""
     count = sum(torch.Size(meta.shape).numel() for meta in metas.values())
+    amount = f"{count / 1e9:.3g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
     kv = "latent attention" if cfg.mla else f"{cfg.num_kv_heads} key/value heads"
     experts = f", {cfg.moe.num_experts} experts" if cfg.moe else ""
     return (
-        f"{cfg.family}, {count / 1e9:.3g} billion parameters in {dtype_words(metas)}: {cfg.num_layers} layers, hidden "
+        f"{cfg.family}, {amount} parameters in {dtype_words(metas)}: {cfg.num_layers} layers, hidden "
         f"size {cfg.hidden_size}, {cfg.num_heads} query heads, {kv}{experts}, vocabulary {cfg.vocab_size}"
     )
 

@@ -27,22 +27,20 @@ def open_weights(path: str | Path, files: Path | None = None) -> Opened:
     Raises:
         ValueError: nothing known is there, or it is truncated, incomplete or of a model that is not here.
     """
-    if files is not None:
-        if not files.is_dir():
-            raise ValueError(f"{files} is not a folder; name one with config.json and tokenizer")
-        return replace(open_weights(path), files=files)
+    if files is not None and not files.is_dir():
+        raise ValueError(f"{files} is not a folder; name one with config.json and tokenizer")
     folder = Path(path)
     if not folder.exists():
         raise ValueError(f"{folder} is not there; {_nearest(folder)}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; name the folder it lies in")
     if is_loom(folder):
-        return open_loom(folder)
+        return replace(opened := open_loom(folder), files=files or opened.files)
     if is_megatron(folder):
         inner = folder if (folder / ".metadata").is_file() else find_folder(folder)[1]
-        return open_dist(folder) if (inner / ".metadata").is_file() else open_megatron(folder)
+        return (open_dist if (inner / ".metadata").is_file() else open_megatron)(folder, files)
     if (folder / "config.json").is_file() or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        return open_hf(folder)
+        return replace(opened := open_hf(folder), files=files or opened.files)
     raise ValueError(
         f"{folder} holds no checkpoint that is known here. Looked for\n{LOOKED_FOR}\nand found {_in(folder)}"
     )

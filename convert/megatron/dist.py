@@ -88,8 +88,11 @@ class Blob:
         return f"{place.file} (bytes {place.start} to {place.stop})"
 
 
-def open_dist(path: str | Path) -> Opened:
+def open_dist(path: str | Path, files: Path | None = None) -> Opened:
     """A checkpoint of format torch_dist: the folder --save wrote to, or one of its iter_*/release folders.
+
+    Args:
+        files: a folder with the model's config.json, where it is not the one kept in the checkpoint.
 
     Raises:
         ValueError: no such checkpoint, a file damaged, truncated or with unsafe content, or tensors that are not what
@@ -100,7 +103,7 @@ def open_dist(path: str | Path) -> Opened:
     tensors, objects = read_metadata(folder)
     common = _common(folder, objects)
     cfg, layout = understood(common)
-    kept = root / HF_FILES
+    kept = files or root / HF_FILES
     cfg = with_config(kept, cfg, layout, common)
     layout = _as_saved(layout, common.args)
     pieces = _fitting(folder, cfg, layout, tensors)

@@ -27,8 +27,11 @@ HF_FILES = "huggingface"
 """The folder in a checkpoint that keeps the Hugging Face files the weights came with."""
 
 
-def open_megatron(path: str | Path) -> Opened:
+def open_megatron(path: str | Path, files: Path | None = None) -> Opened:
     """A checkpoint of format torch or safetensors: the folder --save wrote to, or one of its iter_*/release folders.
+
+    Args:
+        files: a folder with the model's config.json, where it is not the one kept in the checkpoint.
 
     Raises:
         ValueError: no such checkpoint, a file truncated, corrupt or with unsafe content, ranks missing, or tensors that
@@ -39,8 +42,8 @@ def open_megatron(path: str | Path) -> Opened:
     form, name = _format(folder)
     first = READ[form](next(iter(sorted(folder.glob(f"mp_rank_*/{name}")))))
     cfg, layout = understood(first)
-    files = {rank: READ[form](file) for rank, file in _rank_files(folder, layout, name).items()}
-    for file in files.values():
+    read = {rank: READ[form](file) for rank, file in _rank_files(folder, layout, name).items()}
+    for file in read.values():
         if (file.iteration, *understood(file)) != (first.iteration, cfg, layout):
             raise ValueError(
                 f"{first.file} and {file.file} are not of one checkpoint: their iterations or args say different "
@@ -51,10 +54,10 @@ def open_megatron(path: str | Path) -> Opened:
                 f"{file.file} holds {file.chunks} chunks of the model (model, or model0 ...), but its args cut each "
                 f"pipeline rank into {layout.vpp}; copy it again from where it was written"
             )
-    kept = root / HF_FILES
+    kept = files or root / HF_FILES
     cfg = with_config(kept, cfg, layout, first)
-    layout = _as_named(cfg, layout, files)
-    pieces = fitting(folder, cfg, layout, {rank: one_by_one(file.tensors, cfg, layout) for rank, file in files.items()})
+    layout = _as_named(cfg, layout, read)
+    pieces = fitting(folder, cfg, layout, {rank: one_by_one(file.tensors, cfg, layout) for rank, file in read.items()})
     return Opened(path, form, cfg, pieces, kept if kept.is_dir() else None, layout)
 
 
@@ -176,7 +179,7 @@ def with_config(folder: Path, cfg: ModelConfig, layout: Layout, file: RankFile) 
         lines = [f"{key}: {here.get(key)} in args, {there.get(key)} in config.json" for key in sorted(other)]
         raise ValueError(
             f"{folder / 'config.json'} is of another model than the args in {file.file}:{first_lines(lines)}\n"
-            f"correct it, or remove {folder} to go by the args alone"
+            f"correct it, or leave {folder} out to go by the args alone"
         )
     return kept
 

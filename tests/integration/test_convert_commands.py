@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -149,9 +150,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_mega(small: Path) -> Path:
-    """The same at tp 2, pp 2."""
+    """The same at tp 2, pp 2, the vocabulary padded."""
     out = small.parent / "mega"
-    assert command("hf_to_mega", "--hf", small, "--out", out, "--tp", 2, "--pp", 2) == 0
+    words = ("--hf", small, "--out", out, "--tp", 2, "--pp", 2, "--make-vocab-size-divisible-by", 192)
+    assert command("hf_to_mega", *words) == 0
     return out
 
 
@@ -274,7 +276,7 @@ def test_an_output_in_use_is_left_alone(tmp_path: Path, small: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("family", "form"),
     [(family, FORMATS[i % 3]) for i, family in enumerate(TINY)]
-    + [(family, "torch_dist") for family in ("qwen3_moe", "qwen2_moe", "deepseek_v3")],
+    + [(family, "torch_dist") for family in ("qwen2_moe", "deepseek_v3")],
 )
 def test_every_family_passes_its_verification(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, form: str
@@ -305,6 +307,28 @@ def test_dtypes_are_converted_but_a_correction_bias(tmp_path: Path, family: str)
         exact = hf.endswith("e_score_correction_bias")
         expected = value if exact else value.to(torch.bfloat16).to(torch.float16)
         assert torch.equal(found.rows(hf, 0, meta.shape[0]), expected) and found.metas[hf].dtype == expected.dtype
+
+
+def test_files_of_the_model_come_from_elsewhere_where_the_checkpoint_has_none(
+    tmp_path: Path, small: Path, small_mega: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a checkpoint that Megatron wrote: nothing says which rows of the vocabulary are padding."""
+    mega = shutil.copytree(small_mega, tmp_path / "mega")
+    shutil.rmtree(mega / "huggingface")
+    for file in mega.rglob("*.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, weights_only=True)
+        del content["args"].vocab_size
+        torch.save(content, file)
+    assert command("mega_to_hf", "--mega", mega, "--out", tmp_path / "padded") == 0
+    assert "padding" in capsys.readouterr().err
+    assert len(unequal(small, tmp_path / "padded")) == 2  # embedding and head are longer
+    words = ("--mega", mega, "--out", tmp_path / "back", "--hf-files", small, "--verify")
+    assert command("mega_to_hf", *words) == 0
+    assert unequal(small, tmp_path / "back") == []
+    edit_config(shutil.copytree(small, tmp_path / "other"), hidden_size=32)
+    assert command("mega_to_hf", *words[:3], tmp_path / "no", "--hf-files", tmp_path / "other") == 2
+    assert "is of another model" in capsys.readouterr().err
 
 
 def written(folder: Path, **options: object) -> tuple[Path, Path]:

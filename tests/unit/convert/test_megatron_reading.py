@@ -290,7 +290,7 @@ def test_the_kept_config_is_the_truth_and_must_agree(tmp_path: Path, name: str) 
     assert opened.files == tmp_path / "huggingface"
     assert open_megatron(tmp_path / "iter_0000007").files == tmp_path / "huggingface"
     keep_config(tmp_path, dataclasses.replace(cfg, norm_eps=1e-3, rope=dataclasses.replace(cfg.rope, theta=5e5)))
-    refused(tmp_path, "norm_eps: ", "rope.theta: 10000.0 in args, 500000.0 in config.json", "remove")
+    refused(tmp_path, "norm_eps: ", "rope.theta: 10000.0 in args, 500000.0 in config.json", "leave")
     keep_config(tmp_path, dataclasses.replace(cfg, vocab_size=cfg.vocab_size - 1))
     refused(tmp_path, f"vocab_size: {cfg.vocab_size} in args, {cfg.vocab_size - 1} in config.json")
 
