@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -92,6 +92,15 @@ class Lying(Protocol):
         ...
 
 
+@runtime_checkable
+class Strips(Protocol):
+    """One of which some columns can be read alone."""
+
+    def strip(self, start: int, stop: int, columns: Columns) -> torch.Tensor:
+        """Some columns of rows [start, stop)."""
+        ...
+
+
 class Writable(Lying, Protocol):
     """One that can be written by rows too."""
 
@@ -168,11 +177,14 @@ class Pieces(Generic[T_co]):
             a, b = max(left, begin), min(right, end)
             if wide is not None and a >= b:
                 continue
-            found = lying.rows(box.at + low - box.start, box.at + high - box.start)
-            if wide is None:
-                into.copy_(found)
+            first, last = box.at + low - box.start, box.at + high - box.start
+            if wide is None or (a, b) == (begin, end):
+                found = lying.rows(first, last)
+            elif isinstance(lying, Strips):
+                found = lying.strip(first, last, (a - begin, b - begin))
             else:
-                into[:, a - left : b - left].copy_(found[:, a - begin : b - begin])
+                found = lying.rows(first, last)[:, a - begin : b - begin]
+            (into if wide is None else into[:, a - left : b - left]).copy_(found)
         return out
 
 

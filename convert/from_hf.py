@@ -1,12 +1,10 @@
 """A Hugging Face folder, opened: its weights by rows, checked against its own config.json from the headers alone."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from convert.boxes import Columns, Meta
@@ -61,17 +59,7 @@ class Folder:
         stored = self._stored[hf]
         if columns is None or columns == (0, *stored.row_shape):
             return stored.rows(start, stop)
-        return _strip(stored, start, stop, columns)
-
-
-def _strip(stored: StoredTensor, start: int, stop: int, columns: Columns) -> torch.Tensor:
-    """Some columns of some rows. The file is mapped: no more than these are copied out of its cache."""
-    if stored.file.stat().st_size < stored.stop:
-        raise ValueError(f"{stored.file} ended early while reading: it changed or was cut; fetch it again")
-    size = stored.dtype.itemsize
-    row = math.prod(stored.row_shape) * size
-    mapped = np.memmap(stored.file, np.uint8, "r", stored.start + start * row, (stop - start, row))
-    return torch.from_numpy(np.array(mapped[:, columns[0] * size : columns[1] * size])).view(stored.dtype)
+        return stored.strip(start, stop, columns)
 
 
 def open_hf(folder: str | Path) -> Opened:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 DTYPES = {
@@ -63,6 +64,18 @@ class StoredTensor:
             ValueError: the file ended early.
         """
         return self._read(self.start + start * self._row_bytes(), (stop - start, *self.row_shape))
+
+    def strip(self, start: int, stop: int, columns: tuple[int, int]) -> torch.Tensor:
+        """Some columns of rows [start, stop). The file is mapped: no more than these is copied out of its cache.
+
+        Raises:
+            ValueError: the file ended early.
+        """
+        if self.file.stat().st_size < self.stop:
+            raise ValueError(f"{self.file} ended early while reading: it changed or was cut; fetch it again")
+        size, row = self.dtype.itemsize, self._row_bytes()
+        mapped = np.memmap(self.file, np.uint8, "r", self.start + start * row, (stop - start, row))
+        return torch.from_numpy(np.array(mapped[:, columns[0] * size : columns[1] * size])).view(self.dtype)
 
     def put(self, start: int, rows: torch.Tensor) -> None:
         """Write rows from `start` on, converted to the stored dtype; the file has its full length already.

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from convert import hf_to_mega
 from convert.boxes import Columns, Tensors
 from convert.from_hf import open_hf, whole_shapes
+from convert.opening import open_weights
 from convert.source import BLOCK_BYTES, Source
 from convert.to_hf import export
 from models import Chunk, ModelConfig, Runtime, build
@@ -118,6 +120,40 @@ def test_the_kernel_agrees_about_the_bytes(tmp_path: Path) -> None:
     read, own = _bytes_read() - before, sum(4 * p.numel() for p in model.parameters())
     total = sum(4 * torch.Size(meta.shape).numel() for meta in opened.tensors.metas.values())
     assert read <= own + 4096 and own < 0.4 * total
+
+
+@pytest.mark.parametrize("form", ["torch", "safetensors", "torch_dist"])
+@pytest.mark.parametrize("variant", ["llama_biases", "qwen2", "mixtral", "deepseek_v3"])
+def test_every_part_comes_from_megatrons_files_too(tmp_path: Path, variant: str, form: str) -> None:
+    """Written at tp 2 x pp 2 (x ep 2), with a padded vocabulary and a tied copy; taken at tp 1, 2, 4 and ep 1, 2."""
+    cfg = dataclasses.replace(VARIANTS[variant], vocab_size=37)
+    mega(written(tmp_path / "hf", cfg), tmp_path / "mega", form, tp=2, pp=2, ep=2 if cfg.moe else 1)
+    source, whole = Source(open_weights(tmp_path / "mega"), cfg), InitSource(cfg, 0)
+    source.check()
+    for tp, ep in [(1, 1), (2, 2), (4, 1)]:
+        place = Place(tp=Axis(tp, tp - 1), ep=Axis(ep, ep - 1) if cfg.moe else Axis())
+        for name, param in build(cfg, place).named_parameters():
+            found = source.part(name, shard_of(param), place.cut)
+            assert torch.equal(found, shard_of(param).slice(whole.tensor(name), place.cut)), (name, tp, ep)
+
+
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_rank_reads_its_own_of_megatrons_files(tmp_path: Path, form: str, tp: int) -> None:
+    """Cut alike, and cut anew: then its columns of the rows of a linear layer."""
+    cfg = load_model("tiny_mixtral", ["hidden_size=128", "intermediate_size=256", "moe.expert_size=256"])
+    mega(written(tmp_path / "hf", cfg), tmp_path / "mega", form, tp=tp, ep=2)
+    place = Place(tp=Axis(2, 1), ep=Axis(2, 1))
+    model, source = build(cfg, place), Source(open_weights(tmp_path / "mega"), cfg)
+    materialise(build(cfg, place), source, place.cut, CPU)  # whatever is found out at the first read is now known
+    before = _bytes_read()
+    materialise(model, source, place.cut, CPU)
+    assert _bytes_read() - before <= sum(4 * p.numel() for p in model.parameters()) + 4096
+
+
+def mega(hf: Path, out: Path, form: str, **layout: int) -> None:
+    words = [word for key, size in layout.items() for word in (f"--{key}", str(size))]
+    hf_to_mega.run(["--hf", str(hf), "--out", str(out), "--format", form, *words, "--workers", "1"])
 
 
 def _bytes_read() -> int:
