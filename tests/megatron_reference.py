@@ -105,6 +105,11 @@ def layer_of(hf: Mapping[str, torch.Tensor], cfg: ModelConfig, number: int, cut:
     theirs = {name.removeprefix(prefix): tensor for name, tensor in hf.items() if name.startswith(prefix)}
     layer = Layer()
     moe = any("experts.0." in name for name in theirs)
+    if cfg.mla is None and not moe and ("self_attn.o_proj.bias" in theirs or "mlp.up_proj.bias" in theirs):
+        # Megatron has biases in all linear layers or in none but q, k and v.
+        for name, tensor in list(theirs.items()):
+            if name.endswith("_proj.weight"):
+                theirs.setdefault(name.removesuffix("weight") + "bias", tensor.new_zeros(len(tensor)))
     if cfg.mla is None:
         layer.add("self_attention.linear_qkv.layer_norm_weight" if cut.te else "input_layernorm.weight", "whole",
                   theirs["input_layernorm.weight"])  # fmt: skip

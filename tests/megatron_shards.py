@@ -73,7 +73,7 @@ def empty_states(cfg: ModelConfig, layout: Layout, metas: Mapping[str, Meta]) ->
     states: States = {rank: [{} for _ in range(layout.vpp)] for rank in layout.ranks()}
     pieces = []
     for local in locals_of(cfg, layout):
-        held = Held(torch.zeros(local.shape, dtype=metas[local.whole.segments[0].hf].dtype))
+        held = Held(torch.zeros(local.shape, dtype=local.whole.dtype(metas)))
         chunk = states[local.rank][local.chunk]
         assert local.name not in chunk, f"{local.name} twice"
         chunk[local.name] = held.tensor

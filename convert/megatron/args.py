@@ -69,8 +69,8 @@ def differences(cfg: ModelConfig) -> list[str]:
             continue
         if key == "mlp_bias":
             found.append(
-                "Megatron has biases in all linear layers or in q, k and v only, so --add-bias-linear gives the "
-                "feed-forward biases this model does not have; they are zero where a checkpoint has none"
+                "Megatron has biases in all linear layers or in q, k and v only, so --add-bias-linear gives it "
+                "some that this model does not have; they are written as zeros"
             )
             continue
         value, theirs = flat(cfg).get(key), flat(said).get(key)

@@ -18,7 +18,7 @@ from convert.boxes import Box, Pieces
 from convert.megatron.dist_metadata import Noted, Part, Place, read_metadata
 from convert.megatron.dist_names import Global, globals_of
 from convert.megatron.dist_writing import begin_dist
-from convert.megatron.fitting import is_ignored, metas_of, refuse_other_tensors, tell_left_out
+from convert.megatron.fitting import is_ignored, metas_of, refuse_other_tensors, refuse_values, tell_left_out
 from convert.megatron.layout import Layout
 from convert.megatron.rank_files import RankFile, Strided, read_objects
 from convert.megatron.reading import HF_FILES, find_folder, understood, with_config
@@ -173,10 +173,11 @@ def _fitting(
         elif (problem := _not_whole(tensor, noted)) is not None:
             raise ValueError(f"{folder / '.metadata'}: {name} {problem}; fetch the checkpoint again")
         else:
-            pieces += (
-                (Blob(noted.dtype, part, tensor.rows_shape(part.sizes)), tensor.boxes(part.offsets, part.sizes))
-                for part in noted.parts
-            )
+            for part in noted.parts:
+                blob = Blob(noted.dtype, part, tensor.rows_shape(part.sizes))
+                if not tensor.wholes[0].segments:
+                    refuse_values(name, blob, blob.shape[0])
+                pieces.append((blob, tensor.boxes(part.offsets, part.sizes)))
     unused = [name for name in left if not OPTIMIZER.match(name)]
     refuse_other_tensors(folder, cfg, missing, unequal, [name for name in unused if not is_ignored(name)])
     tell_left_out(folder, unused)

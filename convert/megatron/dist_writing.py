@@ -91,7 +91,7 @@ def _write_beside(folder: Path, args: Mapping[str, Any], metadata: Metadata) -> 
 
 
 def _dtype(tensor: Global, metas: Mapping[str, Meta]) -> torch.dtype:
-    return reduce(torch.promote_types, {metas[part.hf].dtype for whole in tensor.wholes for part in whole.segments})
+    return reduce(torch.promote_types, {whole.dtype(metas) for whole in tensor.wholes})
 
 
 class _Files:

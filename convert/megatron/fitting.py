@@ -1,6 +1,7 @@
 """Whether the tensors found in the files of a Megatron checkpoint are those of its model; Megatron's own check is not
 enough: where names are wrong it loads what fits, says so in a line of the log and trains on random weights."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from convert.boxes import Box, Meta, Pieces
+from convert.boxes import Box, Lying, Meta, Pieces
 from convert.from_hf import hf_shapes
 from convert.megatron.layout import Layout, Rank
 from convert.megatron.rank_files import Found, Key, Strided
@@ -77,6 +78,8 @@ def fitting(folder: Path, cfg: ModelConfig, layout: Layout, found: Mapping[Rank,
             sizes = f"{list(tensor.shape)} in the file, {list(local.shape)} by the args"
             unequal.append(f"{_called(layout, local.rank, key)}: {sizes}")
         else:
+            if not local.whole.segments:
+                refuse_values(_called(layout, local.rank, key), tensor, math.prod(local.shape))
             pieces.append((tensor, local.boxes))
     unused = [(rank, key) for rank, tensors in left.items() for key in tensors]
     ignored = [key[1] for _, key in unused if is_ignored(key[1])]
@@ -103,6 +106,15 @@ def refuse_other_tensors(
         raise ValueError(
             f"the weights in {folder} are not those of the model that the args inside describe (family {cfg.family}, "
             f"{cfg.num_layers} layers, hidden size {cfg.hidden_size}):\n" + "\n".join(problems)
+        )
+
+
+def refuse_values(name: str, tensor: Lying, rows: int) -> None:
+    """Raise a ValueError where a bias that the model does not have is not zero."""
+    if tensor.rows(0, rows).any():
+        raise ValueError(
+            f"{name} is a bias that the model has no place for, and is not zero; leave out what the args and the kept "
+            "config.json say of biases (args.loom, huggingface/), or set these biases to zero"
         )
 
 

@@ -7,10 +7,14 @@ and the order of its rows. Source: Megatron-core's GPTModel (`gpt_layer_specs.py
 Shapes: H query heads, G key/value heads, d head size, F feed-forward size, D hidden size, V vocabulary (padded).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
+import torch
+
+from convert.boxes import Meta
 from convert.from_hf import weight_rules, whole_shapes
 from convert.megatron.layout import Layout
 from models.config import ModelConfig
@@ -38,6 +42,12 @@ class Whole:
     end: Literal["first", "last"] | None = None
     copy: bool = False
     """The last stage's copy of a tied embedding: there where the model is cut into several chunks."""
+    zeros_like: tuple[Segment, ...] = ()
+    """Of a tensor without segments, which is all zeros: whose dtype it has."""
+
+    def dtype(self, metas: Mapping[str, Meta]) -> torch.dtype:
+        """What all its rows can be stored as."""
+        return reduce(torch.promote_types, (metas[part.hf].dtype for part in self.segments or self.zeros_like))
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ def wholes(cfg: ModelConfig, layout: Layout) -> list[Whole]:
         else:
             _, number, below = ours.split(".", 2)
             found += _of_layer(cfg, layout, int(number), below, ours, segments, shape)
+            found += _zero_bias(cfg, layout, int(number), below, segments, shape)
     if cfg.tied_embeddings:
         first = next(whole for whole in found if whole.ours == "embed.weight")
         shared = (first.ours, first.segments, first.shape, first.shard)
@@ -133,6 +144,37 @@ def _of_layer(
     if below.endswith(".bias") and kind == "columns":
         kind = "whole"  # a row-parallel layer's bias is added once, after the sum
     yield Whole(prefix + name, ours, segments, shape, _shard(kind, shape), layer)
+
+
+def _zero_bias(
+    cfg: ModelConfig, layout: Layout, layer: int, below: str, segments: tuple[Segment, ...], shape: tuple[int, ...]
+) -> Iterator[Whole]:
+    """Megatron has biases in all linear layers or in none (q, k and v apart): those this model lacks, as zeros."""
+    lacking = {
+        "attn.qkv.weight": cfg.qkv_bias,
+        "attn.out.weight": cfg.attention_out_bias,
+        "mlp.gate_up.weight": cfg.mlp_bias,
+        "mlp.down.weight": cfg.mlp_bias,
+    }
+    if lacks_biases(cfg) and not has_no_bias_form(cfg) and not lacking.get(below, True):
+        name, kind = LAYER[below.removesuffix(".weight")].of(layout)
+        shard = _shard("whole" if kind == "columns" else kind, shape[:1])
+        yield Whole("decoder.layers.{layer}." + f"{name}.bias", "", (), shape[:1], shard, layer, zeros_like=segments)
+
+
+def lacks_biases(cfg: ModelConfig) -> bool:
+    """Whether Megatron would look for biases in linear layers that have none in this model."""
+    some = cfg.attention_out_bias or cfg.mlp_bias
+    return some and not (cfg.qkv_bias and cfg.attention_out_bias and cfg.mlp_bias)
+
+
+def has_no_bias_form(cfg: ModelConfig) -> str:
+    """Why the biases of a model have no place in Megatron's own formats; empty where they have one."""
+    if cfg.mla and (cfg.qkv_bias or cfg.attention_out_bias):
+        return "the model has biases in its latent attention, for which Megatron has no place"
+    if cfg.moe and (cfg.attention_out_bias or cfg.mlp_bias):
+        return "the model has biases in its attention and none in its router and experts; Megatron has all or none"
+    return ""
 
 
 def _named(cfg: ModelConfig, layout: Layout, layer: int, below: str) -> tuple[str, Kind]:

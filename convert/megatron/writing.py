@@ -2,11 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from convert.boxes import Meta, Pieces
 from convert.megatron.layout import Layout, Rank
@@ -62,7 +59,7 @@ def _begin(
     for rank in layout.ranks():
         chunks: list[dict[str, Meta]] = [{} for _ in range(layout.vpp)]
         for local in of_rank[rank]:
-            chunks[local.chunk][local.name] = Meta(_dtype(local, metas), local.shape)
+            chunks[local.chunk][local.name] = Meta(local.whole.dtype(metas), local.shape)
         file = root / "release" / layout.folder(rank) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         places = begin(file, chunks, args)
@@ -72,7 +69,3 @@ def _begin(
             pieces.append((place, local.boxes))
     (root / TRACKER).write_text("release", encoding="utf-8")
     return Pieces(metas, pieces)
-
-
-def _dtype(local: Local, metas: Mapping[str, Meta]) -> torch.dtype:
-    return reduce(torch.promote_types, (metas[segment.hf].dtype for segment in local.whole.segments))

@@ -56,6 +56,9 @@ LOCAL: dict[str, Any] = {"implementation": "local", "experts": "sequential"}
 CASES: dict[str, tuple[ModelConfig, Layout]] = {
     "llama_tp2_pp2": (tiny("llama", num_heads=8, num_kv_heads=4), Layout(tp=2, pp=2, **LOCAL)),
     "llama_all_biases_tp4": (tiny("llama", num_heads=8, num_kv_heads=8, **ALL_BIASES), Layout(tp=4)),
+    "llama_attention_biases_tp2_pp2": (
+        tiny("llama", qkv_bias=True, attention_out_bias=True), Layout(tp=2, pp=2)),
+    "llama_mlp_biases_tp2_pp2": (tiny("llama", mlp_bias=True), Layout(tp=2, pp=2, **LOCAL)),
     "llama_9_heads_3_groups_tied_pp4": (
         tiny("llama", num_heads=9, num_kv_heads=3, head_dim=8, hidden_size=72, tied_embeddings=True),
         Layout(pp=4, vocab_multiple=1)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import itertools
 import pickle
@@ -48,6 +49,36 @@ def read_by_torch(root: Path) -> dict[str, Any]:
     }
     dcp.load(state, checkpoint_id=root / "release", no_dist=True)
     return state
+
+
+@pytest.mark.parametrize("kept", [{"attention_out_bias": True, "qkv_bias": True}, {"mlp_bias": True}])
+def test_biases_the_model_lacks_are_zeros_and_must_be(tmp_path: Path, kept: dict[str, bool]) -> None:
+    cfg = dataclasses.replace(load_model("tiny_llama", []), **kept)
+    hf = write(cfg, Layout(tp=2), tmp_path).tensors
+    state = read_by_torch(tmp_path)
+    lacking = "self_attention" if "mlp_bias" in kept else "mlp"
+    for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+        bias = state[f"decoder.layers.{name}.bias"]
+        assert bias.shape == state[f"decoder.layers.{name}.weight"].shape[:2]
+        assert bias.any() == (not name.startswith(lacking)), name
+    opened = open_dist(tmp_path)
+    assert opened.cfg == cfg
+    assert_same(put_together(opened.tensors), hf)
+
+
+def test_a_bias_the_model_lacks_and_the_checkpoint_has_is_refused(tmp_path: Path) -> None:
+    write(dataclasses.replace(load_model("tiny_llama", []), attention_out_bias=True, qkv_bias=True), Layout(), tmp_path)
+
+    def swap(metadata: Metadata) -> None:
+        bias, norm = (
+            next(i for i in metadata.storage_data if i.fqn == f"decoder.layers.{name}")
+            for name in ("mlp.linear_fc2.bias", "self_attention.linear_qkv.layer_norm_weight")
+        )
+        metadata.storage_data[bias] = metadata.storage_data[norm]
+
+    edited(tmp_path, swap)
+    with pytest.raises(ValueError, match=r"mlp.linear_fc2.bias .* is not zero"):
+        open_dist(tmp_path)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, vocab_multiple=16), Layout(tp=4, pp=3)], ids=str)

@@ -53,7 +53,9 @@ def cases(draw: st.DrawFn) -> Case:
         moe = draw(mixtures(family, tp, ep, num_layers))
     biases: dict[str, Any] = {}
     if family == "llama":
-        biases = dict.fromkeys(("qkv_bias", "attention_out_bias", "mlp_bias"), draw(st.booleans()))
+        biases = dict.fromkeys(("qkv_bias", "attention_out_bias"), draw(st.booleans())) | {
+            "mlp_bias": draw(st.booleans())
+        }
     if family in ("qwen2", "qwen2_moe"):
         biases = {"qkv_bias": True}
     cfg = ModelConfig(
@@ -259,3 +261,11 @@ def test_every_element_of_a_released_model_has_a_place(name: str) -> None:
 )  # fmt: skip
 def test_why_a_layout_does_not_fit(layout: Layout, cfg: ModelConfig, reason: str) -> None:
     assert reason in "; ".join(problems(layout, cfg))
+
+
+def test_biases_without_a_place_in_megatron_are_known() -> None:
+    latent = load_model("tiny_deepseek_v3", [])
+    assert "latent attention" in names.has_no_bias_form(dataclasses.replace(latent, qkv_bias=True))
+    assert "router and experts" in names.has_no_bias_form(dataclasses.replace(EXPERTS, attention_out_bias=True))
+    for fine in (BIASED, DENSE, dataclasses.replace(DENSE, mlp_bias=True), latent, load_model("tiny_qwen2_moe", [])):
+        assert not names.has_no_bias_form(fine)

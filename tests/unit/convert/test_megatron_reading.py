@@ -106,6 +106,23 @@ def is_bf16(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kept", [{"qkv_bias": True, "attention_out_bias": True}, {"mlp_bias": True}])
+def test_biases_the_model_lacks_are_zeros_for_megatron_and_must_be(tmp_path: Path, kept: dict[str, bool]) -> None:
+    cfg, root = dataclasses.replace(TINY, **kept), tmp_path / "root"
+    hf = write(root, cfg, Layout(tp=2))
+    file = root / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)["model"]
+    linear = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    biases = {name: content[f"decoder.layers.1.{name}.bias"] for name in linear}
+    lacking = set(linear[:2] if "mlp_bias" in kept else linear[2:])
+    assert {name for name, bias in biases.items() if not bias.any()} == lacking
+    opened = open_megatron(root)
+    assert opened.cfg == cfg and holds(opened, hf)
+    name = f"decoder.layers.1.{min(lacking)}.bias"
+    rewrite(file, lambda content: content["model"][name][-1].fill_(0.5))
+    refused(root, "mp_rank_01", name, "is not zero")
+
+
 def test_a_folder_is_found_by_root_or_by_step(tmp_path: Path) -> None:
     hf = save(tmp_path / "run", TINY, Layout(tp=2))
     step, tracker = tmp_path / "run" / "iter_0000007", tmp_path / "run" / "latest_checkpointed_iteration.txt"
