@@ -113,14 +113,24 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def special_tokens(folder: Path) -> dict[str, Any]:
-    """The ids of begin, end and padding, from the folder's config.json or its tokenizer, as far as they are known."""
+    """The ids of begin, end and padding, from the folder's config.json or its tokenizer, as far as they are known.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded.
+    """
     config = read_json(folder / CONFIG)
     ids = {key: config[key] for key in SPECIAL if config.get(key) is not None}
     if "eos_token_id" in ids or not has_tokenizer(folder):
         return ids
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as err:  # a wrong tokenizer.json ends in any kind of error there
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be loaded ({type(err).__name__}: {err}); fetch the folder again, or name "
+            "eos_token_id in its config.json"
+        ) from err
     known = {key: getattr(tokenizer, key) for key in SPECIAL}
     return ids | {key: value for key, value in known.items() if value is not None}
 

@@ -179,3 +179,11 @@ def test_a_broken_original_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"hf/config\.json is not readable as JSON"):
         write_config(tmp_path / "out", load_model("smollm2_135m", []), torch.float32, original)
+
+
+def test_a_tokenizer_that_does_not_load_is_named(tmp_path: Path) -> None:
+    original = folder_with(tmp_path / "broken", {key: SMOLLM[key] for key in SMOLLM if not key.endswith("token_id")})
+    (original / "tokenizer.json").write_text('{"version": "1.0"}')
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"the tokenizer in .*broken cannot be loaded .*eos_token_id"):
+        write_config(tmp_path / "out", load_model("tiny_llama", []), torch.float32, original)
