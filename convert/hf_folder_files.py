@@ -128,8 +128,8 @@ def special_tokens(folder: Path) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as err:  # a wrong tokenizer.json ends in any kind of error there
         raise ValueError(
-            f"the tokenizer in {folder} cannot be loaded ({type(err).__name__}: {err}); fetch the folder again, or name "
-            "eos_token_id in its config.json"
+            f"the tokenizer in {folder} cannot be loaded ({type(err).__name__}: {err}); fetch the folder again, or "
+            "name eos_token_id in its config.json"
         ) from err
     known = {key: getattr(tokenizer, key) for key in SPECIAL}
     return ids | {key: value for key, value in known.items() if value is not None}
