@@ -23,6 +23,7 @@ from convert.hf_folder_files import copy_files, has_tokenizer, write_config
 from convert.megatron.args import differences, to_args
 from convert.megatron.dist import begin_dist
 from convert.megatron.layout import Layout, problems
+from convert.megatron.names import has_no_bias_form
 from convert.megatron.reading import HF_FILES
 from convert.megatron.writing import begin_safetensors, begin_torch
 from convert.opened import Opened
@@ -69,7 +70,10 @@ def convert(source: Opened, target: Target, how: How) -> None:
             written is not what it should be.
     """
     check_target(target.out, source.path)
-    if target.layout is not None and (found := problems(target.layout, source.cfg)):
+    found = problems(target.layout, source.cfg) if target.layout is not None else []
+    if target.format in ("torch", "torch_dist") and (reason := has_no_bias_form(source.cfg)):
+        found.append(f"{reason}; --format safetensors holds them, for Loom")
+    if found:
         raise ValueError("the model cannot be cut this way:\n" + "\n".join(f"  {line}" for line in found))
     metas = converted(source.tensors.metas, target.dtype, correction_biases(source.cfg))
     with writing(target.out, source.path, target.options(), how.start_over) as output:
@@ -85,8 +89,10 @@ def convert(source: Opened, target: Target, how: How) -> None:
         took = time.perf_counter() - started
         if how.verify:
             _check(source, output.weights, metas, how.workers)
+        started = time.perf_counter()
         output.complete()
-    print(f"\nWrote {target.out}: {size(needed)} in {took:.0f} s.\n")
+        took += time.perf_counter() - started
+    print(f"\nWrote {target.out}: {size(needed)} in {took:.1f} s.\n")
     print(directions(target.out, target.format, source.cfg, target.layout, main_dtype(metas)))
 
 

@@ -50,7 +50,9 @@ class StoredTensor:
         """The shape of one row: the last dim, where there are several."""
         return self.shape[-1:] if len(self.shape) > 1 else ()
 
-    def _row_bytes(self) -> int:
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
@@ -63,7 +65,7 @@ class StoredTensor:
         Raises:
             ValueError: the file ended early.
         """
-        return self._read(self.start + start * self._row_bytes(), (stop - start, *self.row_shape))
+        return self._read(self.start + start * self.row_bytes, (stop - start, *self.row_shape))
 
     def strip(self, start: int, stop: int, columns: tuple[int, int]) -> torch.Tensor:
         """Some columns of rows [start, stop). The file is mapped: no more than these is copied out of its cache.
@@ -73,7 +75,7 @@ class StoredTensor:
         """
         if self.file.stat().st_size < self.stop:
             raise ValueError(f"{self.file} ended early while reading: it changed or was cut; fetch it again")
-        size, row = self.dtype.itemsize, self._row_bytes()
+        size, row = self.dtype.itemsize, self.row_bytes
         mapped = np.memmap(self.file, np.uint8, "r", self.start + start * row, (stop - start, row))
         return torch.from_numpy(np.array(mapped[:, columns[0] * size : columns[1] * size])).view(self.dtype)
 
@@ -84,36 +86,48 @@ class StoredTensor:
             ValueError: the disk is full.
         """
         assert rows.shape[1:] == self.row_shape, f"rows of shape {tuple(rows.shape)} for {self}"
-        at = self.start + start * self._row_bytes()
+        at = self.start + start * self.row_bytes
         data = rows.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
         assert at + data.numel() <= self.stop, f"{rows.shape[0]} rows from {start} on do not fit into {self}"
         left = data.numpy().data
         try:
-            with _opened(self.file, os.O_WRONLY) as number:
+            with opened(self.file, os.O_WRONLY) as number:
                 while left:
                     written = os.pwrite(number, left, at)
                     at, left = at + written, left[written:]
         except OSError as err:
-            if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            self.not_full(err)
+            raise
+
+    def not_full(self, err: OSError) -> None:
+        """See that a failed write has another reason than a full disk.
+
+        Raises:
+            ValueError: the disk is full.
+        """
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(f"the disk is full while writing {self.file}; free space or choose another disk") from err
+
+    def ended(self) -> ValueError:
+        """What to raise where the file is shorter than it was."""
+        return ValueError(f"{self.file} ended early while reading: it changed or was cut; fetch it again")
 
     def _read(self, at: int, shape: tuple[int, ...]) -> torch.Tensor:
         out = torch.empty(shape, dtype=self.dtype)
         if not out.numel():
             return out
         into = out.view(-1).view(torch.uint8).numpy().data
-        with _opened(self.file, os.O_RDONLY) as number:
+        with opened(self.file, os.O_RDONLY) as number:
             while into:
                 got = os.preadv(number, [into], at)
                 if not got:
-                    raise ValueError(f"{self.file} ended early while reading: it changed or was cut; fetch it again")
+                    raise self.ended()
                 at, into = at + got, into[got:]
         return out
 
 
 @contextmanager
-def _opened(file: Path, flags: int) -> Iterator[int]:
+def opened(file: Path, flags: int) -> Iterator[int]:
     """A file's descriptor, without the buffer and locks of Python's own files."""
     number = os.open(file, flags | os.O_CLOEXEC)
     try:

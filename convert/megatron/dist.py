@@ -49,10 +49,11 @@ class Blob:
         Raises:
             ValueError: the file is damaged.
         """
-        return self._stored.rows(start, stop)
+        return self.stored.rows(start, stop)
 
     @cached_property
-    def _stored(self) -> StoredTensor | Strided:
+    def stored(self) -> StoredTensor | Strided:
+        """Its values in the file."""
         place, sizes = self.part.place, self.part.sizes
         try:
             with place.file.open("rb") as handle:
