@@ -47,10 +47,17 @@ def start_all_reduce(tensor: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.S
 
 
 def start_gather_rows(x: torch.Tensor, axis: Axis) -> Pending:
-    """Begin to concatenate the rows of all ranks: [R, ...] -> [size R, ...]."""
+    """Begin to concatenate the rows of all ranks: [R, ...] -> [size R, ...].
+
+    Gloo's all-gather makes the whole tensor once more in a thread of its own, which has a heap of its own, kept for
+    ever (76 MiB at 4,096 tokens of 256); on a CPU every rank sends each other rank a copy of its rows.
+    """
     if axis.size == 1:
         return Pending(None, lambda: x)
     whole = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    if x.device.type == "cpu":
+        copies = torch.cat([x] * axis.size)
+        return Pending(dist.all_to_all_single(whole, copies, group=axis.group, async_op=True), lambda: whole)
     return Pending(dist.all_gather_single(whole, x.contiguous(), group=axis.group, async_op=True), lambda: whole)
 
 

@@ -1,8 +1,8 @@
 """What this rank is doing now, seen from outside while it runs: what it waits for, and where its Python stands.
 
-Nothing is patched and nothing is paid on the way. torch keeps the last collectives of every group in its flight
-recorder (2,000 of them, on by default), with sizes and the Python lines that called them. Messages between two ranks
-are not in it; they are found among the variables of the thread that waits.
+Nothing is patched and nothing is paid on the way. torch keeps the last collectives of all groups in its flight
+recorder (2,000, on a CPU 64: `parallel/host_memory.py`), with sizes and the Python lines that called them. Messages
+between two ranks are not in it; they are found among the variables of the thread that waits.
 """
 
 from __future__ import annotations

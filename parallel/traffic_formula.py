@@ -85,7 +85,7 @@ class Step:
     engine: EngineConfig
     world: int
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where there is no fast reduce-scatter (gloo), an all-to-all and a sum stand for it: the same bytes."""
+    """On a CPU (gloo) all-to-alls stand for gathering rows, and for summing and cutting them: the same bytes."""
 
     @property
     def data(self) -> int:
@@ -96,6 +96,11 @@ class Step:
     def scatter(self) -> str:
         """The kind of collective that sums and cuts rows."""
         return "all_to_all" if self.device == "cpu" else "reduce_scatter"
+
+    @property
+    def gather(self) -> str:
+        """The kind of collective that makes rows whole."""
+        return "all_to_all" if self.device == "cpu" else "all_gather"
 
     @property
     def again(self) -> bool:
@@ -154,20 +159,20 @@ def sequence_parallel_terms(part: Part, micro: Micro, step: Step) -> list[Term]:
     hidden = rows * part.hidden * FP32
     kept = part.moe_layers  # blocks that do not gather their rows again
     terms = [
-        Term("layers, forward", "all_gather", "tp", 2 * part.layers * hidden),
+        Term("layers, forward", step.gather, "tp", 2 * part.layers * hidden),
         Term("layers, forward", step.scatter, "tp", 2 * part.layers * hidden),
-        Term("layers, backward", "all_gather", "tp", 2 * part.layers * hidden),
+        Term("layers, backward", step.gather, "tp", 2 * part.layers * hidden),
         Term("layers, backward", step.scatter, "tp", 2 * part.layers * hidden),
-        Term("rows again for the weights", "all_gather", "tp", (2 * part.layers - kept) * hidden),
-        Term("layers made again", "all_gather", "tp", step.again * 2 * part.layers * hidden),
+        Term("rows again for the weights", step.gather, "tp", (2 * part.layers - kept) * hidden),
+        Term("layers made again", step.gather, "tp", step.again * 2 * part.layers * hidden),
         Term("layers made again", step.scatter, "tp", step.again * part.layers * hidden),
         Term("embedding", step.scatter, "tp", part.embeds * hidden),
-        Term("embedding, backward", "all_gather", "tp", part.embeds * hidden),
+        Term("embedding, backward", step.gather, "tp", part.embeds * hidden),
         *_router_terms(part, micro, rows),
     ]
     if part.makes_loss:
         terms += [
-            Term("loss: hidden states", "all_gather", "tp", hidden),
+            Term("loss: hidden states", step.gather, "tp", hidden),
             *_loss_terms(micro),
             Term("loss: hidden gradient", step.scatter, "tp", hidden if micro.targets else 0),
         ]

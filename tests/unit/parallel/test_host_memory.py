@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ for turn in range(10):
     faults += (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) if turn else 0
 print(faults)
 """
+RECORDED = """
+import pickle
+import torch, torch.distributed as dist
+from torch._C import _distributed_c10d
+from parallel.groups import LauncherRanks, build_groups
+build_groups(LauncherRanks(), 60.0)
+for _ in range(100):
+    dist.all_reduce(torch.zeros(1))
+print(len(pickle.loads(_distributed_c10d._dump_fr_trace(True, False, False))["entries"]))
+"""
 
 
 def faults(mode: str) -> int:
@@ -45,6 +56,28 @@ def test_freed_blocks_are_not_faulted_again() -> None:
         assert faults("keep") < 1000 < faults("leave")
     else:
         assert not LINUX or getattr(ctypes.CDLL(None), "gnu_get_libc_version", None) is None
+
+
+def test_few_collectives_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own number stays, under either of its names."""
+    for name in host_memory.RECORDS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "500")
+    host_memory.record_few_collectives()
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    monkeypatch.delenv("TORCH_NCCL_TRACE_BUFFER_SIZE")
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")  # put back behind the test
+    del os.environ["TORCH_FR_BUFFER_SIZE"]
+    host_memory.record_few_collectives()
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == str(host_memory.RECORDS)
+
+
+def test_recorder_keeps_no_more() -> None:
+    """In a run's own process group, of more collectives than that."""
+    command = [sys.executable, "-c", RECORDED]
+    env = {name: value for name, value in os.environ.items() if name not in host_memory.RECORDS_VARIABLES}
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert int(found.split()[-1]) == host_memory.RECORDS
 
 
 def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
