@@ -1,0 +1,162 @@
+"""A decoder's forward with a cache: whole prompts, packed, then one token a row. Without gradients.
+
+The prompts run through the model's own packed attention. A step attends to the cache instead; latent attention then
+takes its up-projections into query and output (DeepSeek-AI 2024, section 2.1.2): keys and values are never made.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+
+from models.blocks.attention import Attention, Packing, attention
+from models.blocks.mla import LatentAttention, Projected
+from models.blocks.moe import MoE
+from models.blocks.rope import rotate_, turned_pairs
+from models.blocks.router import Tokens
+from models.decoder import Decoder, Layer
+from models.generation.cache import Cache, LayerCache, Plan
+from models.heads import LMHead
+
+
+@torch.no_grad()
+def prefill(model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache) -> torch.Tensor:
+    """Run prompts, put them into their slots, and give the logits after each, fp32 [N, V]. No prompt is empty."""
+    device = cache.layers[0].keys.device
+    lengths = [len(prompt) for prompt in prompts]
+    borders = (0, *accumulate(lengths))
+    tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    cos, sin = model.rope.tables(positions_T, lengths)
+    packing = Packing.of(cos, sin, borders, {layer.window for layer in cache.layers})
+    tokens = Tokens.of(tokens_T, borders, None, model.place)
+    hidden = _embedded(model, tokens_T)
+    for layer, own in zip(model.layers.values(), cache.layers, strict=True):
+        assert isinstance(layer, Layer)
+        normed = layer.attn_norm(hidden)[0]
+        if isinstance(layer.attn, LatentAttention):
+            hidden = _latent_prompts(layer.attn, normed, hidden, packing, own, slots)
+        else:
+            hidden = _prompts(layer.attn, normed, hidden, packing, own, slots)
+        hidden = _feed_forward(layer, hidden, tokens)
+    return _logits(model, hidden[torch.tensor(borders[1:], device=device) - 1])
+
+
+@torch.no_grad()
+def decode(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache) -> torch.Tensor:
+    """Append one token to each of the first rows, which have `lengths` tokens: the logits after it, fp32 [B, V]."""
+    device = cache.layers[0].keys.device
+    tokens_B, after = torch.tensor(tokens, device=device), [n + 1 for n in lengths]
+    # Dynamic scaling turns a token by the length at which it came, as transformers does.
+    cos, sin = model.rope.tables(torch.tensor(lengths, device=device), after, [1] * len(after))
+    plans = cache.plans(after, device)
+    routed = Tokens.of(tokens_B, range(len(after) + 1), None, model.place)
+    hidden = _embedded(model, tokens_B)
+    for layer, own in zip(model.layers.values(), cache.layers, strict=True):
+        assert isinstance(layer, Layer)
+        normed, plan = layer.attn_norm(hidden)[0], plans[own.window]
+        if isinstance(layer.attn, LatentAttention):
+            found = _latent_step(layer.attn, normed, cos, sin, own, plan)
+        else:
+            found = _step(layer.attn, normed, cos, sin, own, plan)
+        hidden = layer.attn.out(found, hidden)
+        hidden = _feed_forward(layer, hidden, routed)
+    return _logits(model, hidden)
+
+
+def _embedded(model: Decoder, tokens_T: torch.Tensor) -> torch.Tensor:
+    assert model.embed is not None, "generation needs the whole model"
+    return model.embed(tokens_T)
+
+
+def _logits(model: Decoder, hidden_ND: torch.Tensor) -> torch.Tensor:
+    assert model.norm is not None and isinstance(model.head, LMHead)
+    logits = model.head(model.norm(hidden_ND)[0])
+    assert isinstance(logits, torch.Tensor)
+    return logits.float()
+
+
+def _feed_forward(layer: Layer, hidden_TD: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    normed = layer.mlp_norm(hidden_TD)[0]
+    if isinstance(layer.mlp, MoE):
+        return layer.mlp(normed, hidden_TD, None, tokens)
+    return layer.mlp(normed, hidden_TD, None)
+
+
+def _qkv(attn: Attention, normed_TD: torch.Tensor) -> torch.Tensor:
+    """The fused q|k|v rows, normed where the model norms them, before rotation."""
+    qkv, heads = attn.qkv(normed_TD), attn.heads
+    if attn.q_norm is None or attn.k_norm is None:
+        return qkv
+    q, k, v = qkv.split(heads.parts, 1)
+    q, k = (norm(x.unflatten(1, (-1, heads.dim)))[0].flatten(1) for norm, x in ((attn.q_norm, q), (attn.k_norm, k)))
+    return torch.cat([q, k, v], 1)
+
+
+def _prompts(
+    attn: Attention, normed: torch.Tensor, hidden: torch.Tensor, packing: Packing, own: LayerCache, slots: Sequence[int]
+) -> torch.Tensor:
+    qkv, heads = _qkv(attn, normed), attn.heads
+    k, v = (x.unflatten(1, (-1, heads.dim)) for x in qkv.split(heads.parts, 1)[1:])
+    k = k.clone()  # the back ends rotate too, some of them in place
+    rotate_(k, packing.cos_TK.to(k.dtype), packing.sin_TK.to(k.dtype))
+    for slot, (start, stop) in zip(slots, pairwise(packing.borders), strict=True):
+        own.put(slot, k[start:stop], v[start:stop])
+    return attn.out(attention(qkv, packing, heads, attn.back_end), hidden)
+
+
+def _step(
+    attn: Attention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: LayerCache, plan: Plan
+) -> torch.Tensor:
+    qkv, heads = _qkv(attn, normed), attn.heads
+    q, k, v = (x.unflatten(1, (-1, heads.dim)) for x in qkv.split(heads.parts, 1))
+    for x in (q, k):
+        rotate_(x, cos.to(x.dtype), sin.to(x.dtype))
+    own.append(plan.place_B, k, v)
+    return own.attend(q, plan.pieces, heads.dim**-0.5).flatten(1)
+
+
+def _latents(
+    attn: LatentAttention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [T, H K] and the shared key [T, R] before rotation, the normed latent [T, rank], and both last joined as
+    they are kept, the key rotated [T, 1, rank + R]."""
+    if attn.q_down is not None and attn.q_norm is not None:
+        q = attn.q_up(attn.q_norm(attn.q_down(normed))[0])
+    else:
+        q = attn.q_up(normed)
+    s = attn.heads.sizes
+    latent, rope_key = attn.kv_down(normed).split((s.kv_rank, s.rope_dim), 1)
+    latent = attn.kv_norm(latent)[0]
+    turned = turned_pairs(rope_key[:, None], cos.to(rope_key.dtype), sin.to(rope_key.dtype))
+    return q, rope_key, latent, torch.cat([latent[:, None], turned], -1)
+
+
+def _latent_prompts(
+    attn: LatentAttention,
+    normed: torch.Tensor,
+    hidden: torch.Tensor,
+    packing: Packing,
+    own: LayerCache,
+    slots: Sequence[int],
+) -> torch.Tensor:
+    q, rope_key, latent, kept = _latents(attn, normed, packing.cos_TK, packing.sin_TK)
+    for slot, (start, stop) in zip(slots, pairwise(packing.borders), strict=True):
+        own.put(slot, kept[start:stop], None)
+    made = Projected(q, attn.kv_up(latent), rope_key)
+    return attn.out(attn.back_end(made, packing, attn.heads), hidden)
+
+
+def _latent_step(
+    attn: LatentAttention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: LayerCache, plan: Plan
+) -> torch.Tensor:
+    q, _, _, kept = _latents(attn, normed, cos, sin)
+    own.append(plan.place_B, kept, None)
+    s, heads = attn.heads.sizes, attn.heads.count
+    q_nope, q_rope = q.unflatten(1, (heads, -1)).split((s.nope_dim, s.rope_dim), -1)
+    up = attn.kv_up.weight.to(q.dtype).unflatten(0, (heads, -1))
+    up_key, up_value = up.split((s.nope_dim, s.value_dim), 1)
+    q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_key)
+    turned = turned_pairs(q_rope, cos.to(q.dtype), sin.to(q.dtype))
+    found = own.attend(torch.cat([q_latent, turned], -1), plan.pieces, attn.heads.scale)
+    return torch.einsum("bhr,hvr->bhv", found, up_value).flatten(1)

@@ -1,0 +1,209 @@
+"""Many prompts through one model at once: rows end on their own, and the next prompt takes the place (continuous
+batching, Yu et al. 2022, Orca)."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from models.decoder import Decoder
+from models.generation.cache import Cache
+from models.generation.config import Completion, GeneratorConfig, Request, SamplingConfig, Step, told
+from models.generation.forward import decode, prefill
+from models.generation.rows import Group, Row, made_groups
+from models.generation.sampling import choose
+from models.generation.text import Tokenizer
+
+Prompts = Sequence[str | Sequence[int] | Request]
+
+
+class Generator:
+    """Texts from a model that lies whole on one device, in the dtype of its weights (or autocast's around the call).
+
+    Args:
+        model: a language model in one piece; its weights are read at every call, never copied.
+        tokenizer: for prompts and texts as strings; without it there are tokens only.
+        config: how much is worked on at once.
+        stop_tokens: what ends a row whose settings name none; None = the tokenizer's end of text.
+
+    Raises:
+        ValueError: impossible values in `config`.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        config: GeneratorConfig | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config or GeneratorConfig()
+        if problems := told(self.config.problems()):
+            raise ValueError("generator settings:\n" + "\n".join(f"  {line}" for line in problems))
+        place, chunk = model.place, model.chunk
+        assert place.cp.size == 1 and not place.splits_rows and chunk.embeds and chunk.heads, "a whole model is needed"
+        if stop_tokens is None:
+            end = None if tokenizer is None else tokenizer.eos_token_id
+            stop_tokens = () if end is None else (end,)
+        self.stop_tokens = tuple(stop_tokens)
+
+    def generate(self, prompts: Prompts, sampling: SamplingConfig | None = None) -> list[Completion]:
+        """All texts, in the order of the prompts, samples of one prompt after another.
+
+        Args:
+            prompts: texts, lists of tokens, or requests with their own settings and seeds.
+            sampling: settings of the prompts that are no requests; None = greedy.
+
+        Returns:
+            A completion for each sample. A prompt that cannot be run (empty, too long) has one with finish="error".
+
+        Raises:
+            ValueError: impossible settings, or texts without a tokenizer.
+        """
+        groups = self._groups(prompts, sampling)
+        # Rows of like lengths side by side waste least; the longest first, so that none is left alone at the end.
+        self._run(deque(sorted(groups, key=lambda group: -group.reserve)))
+        return [row.completion(self.tokenizer) for group in groups for row in group.rows]
+
+    def stream_generate(self, prompts: Prompts, sampling: SamplingConfig | None = None) -> Iterator[Step]:
+        """The same, token by token as they come: one step a token, rows of all prompts mixed, each in its order.
+
+        The texts of a row's steps joined are its completion's text. Arguments and errors as in `generate`.
+        """
+        groups = self._groups(prompts, sampling)
+        if self.tokenizer is not None:
+            for row in (row for group in groups for row in group.rows):
+                row.follow(self.tokenizer)
+        return self._steps(deque(groups))
+
+    def _groups(self, prompts: Prompts, sampling: SamplingConfig | None) -> list[Group]:
+        requests = [
+            each if isinstance(each, Request) else _request(each, sampling or SamplingConfig(), index)
+            for index, each in enumerate(prompts)
+        ]
+        return made_groups(requests, self.model.cfg, self.tokenizer, self.stop_tokens, self.config.max_cached_tokens)
+
+    def _run(self, waiting: deque[Group]) -> None:
+        for _ in self._steps(waiting):
+            pass
+
+    def _steps(self, waiting: deque[Group]) -> Iterator[Step]:
+        for group in waiting:
+            if group.error:
+                yield Step(group.index, 0, None, "", "error", group.error)
+        batch = _Batch(self.model, self.config, deque(group for group in waiting if not group.error))
+        while batch.waiting or batch.rows:
+            yield from batch.admit()
+            yield from batch.step()
+
+
+def _request(prompt: str | Sequence[int], sampling: SamplingConfig, index: int) -> Request:
+    return Request(prompt, sampling, sampling.seed + index)
+
+
+class _Batch:
+    """The live rows and their cache. Row i has slot i; between two steps ended rows may still stand there."""
+
+    def __init__(self, model: Decoder, config: GeneratorConfig, waiting: deque[Group]) -> None:
+        self.model, self.config, self.waiting = model, config, waiting
+        self.rows: list[Row] = []
+        self.cache = Cache(model, config.max_cached_tokens)
+
+    def admit(self) -> Iterator[Step]:
+        """Let rows in until the batch is full; each begins with its first token."""
+        while new := self._next_rows():
+            free = [slot for slot, row in enumerate(self.rows) if row.finish is not None]
+            self._place([row for _, row in new], free)
+            yield from self._begin(new)
+        self._place([], [slot for slot, row in enumerate(self.rows) if row.finish is not None])
+
+    def step(self) -> Iterator[Step]:
+        """One more token for every row."""
+        if not self.rows:
+            return
+        self.cache.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
+        last = [row.tokens[-1] for row in self.rows]
+        logits = decode(self.model, last, [row.cached for row in self.rows], self.cache)
+        for row in self.rows:
+            row.cached += 1
+        yield from _chosen(logits, self.rows)
+
+    def _next_rows(self) -> list[tuple[Group, Row]]:
+        """Whose turn it is, as far as rows, cache and the prompts' tokens of one forward allow."""
+        live = [row for row in self.rows if row.finish is None]
+        longest, count = max((row.reserve for row in live), default=0), len(live)
+        found: list[tuple[Group, Row]] = []
+        tokens = 0
+        while self.waiting and count < self.config.max_rows:
+            group = self.waiting[0]
+            fresh = group.prefix is None and not (found and found[-1][0] is group)
+            longest = max(longest, group.reserve)
+            if (count + 1) * longest > self.config.max_cached_tokens:
+                break
+            if fresh and found and tokens + len(group.prompt) > self.config.prefill_tokens:
+                break
+            tokens += len(group.prompt) if fresh else 0
+            found.append((group, group.rows[group.begun]))
+            group.begun, count = group.begun + 1, count + 1
+            if group.begun == len(group.rows):
+                self.waiting.popleft()
+        return found
+
+    def _place(self, new: list[Row], free: list[int]) -> None:
+        """Give new rows the slots of ended ones and then the next ones; close the gaps that are left."""
+        for row in new:
+            if free:
+                self.rows[free.pop(0)] = row
+            else:
+                self.rows.append(row)
+        for slot in free:
+            while self.rows and self.rows[-1].finish is not None:
+                self.rows.pop()
+            if slot >= len(self.rows):
+                break
+            last = self.rows.pop()
+            self.cache.move(len(self.rows), slot, last.cached)
+            self.rows[slot] = last
+        if new:
+            self.cache.fit(len(self.rows), max(max(row.cached, len(row.prompt)) for row in self.rows))
+
+    def _begin(self, new: list[tuple[Group, Row]]) -> Iterator[Step]:
+        """Run the prompts of new rows, once for the rows of one prompt, and choose their first tokens."""
+        slots = {id(row): slot for slot, row in enumerate(self.rows)}
+        firsts = {id(group): (group, row) for group, row in reversed(new) if group.prefix is None}
+        fresh = list(reversed(firsts.values()))
+        if fresh:
+            where = [slots[id(row)] for _, row in fresh]
+            logits = prefill(self.model, [group.prompt for group, _ in fresh], where, self.cache)
+            for (group, _), slot, logits_V in zip(fresh, where, logits, strict=True):
+                group.logits_V = logits_V
+                if len(group.rows) > 1:
+                    group.prefix = self.cache.take(slot, len(group.prompt))
+        for group, row in new:
+            row.cached = len(group.prompt)
+            begun_alone = id(group) in firsts and firsts[id(group)][1] is row
+            if not begun_alone:
+                assert group.prefix is not None
+                self.cache.give(slots[id(row)], group.prefix)
+        logits_NV = torch.stack([group.logits_V for group, _ in new if group.logits_V is not None])
+        for group, _ in new:
+            if group.begun == len(group.rows):
+                group.prefix = group.logits_V = None
+        yield from _chosen(logits_NV, [row for _, row in new])
+
+
+def _chosen(logits_NV: torch.Tensor, rows: Sequence[Row]) -> Iterator[Step]:
+    """The next token of each row; rows of one setting are drawn together."""
+    by_setting: dict[SamplingConfig, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_setting.setdefault(row.choosing, []).append(index)
+    steps: list[Step] = []
+    for setting, indices in by_setting.items():
+        own = logits_NV if len(indices) == len(rows) else logits_NV[indices]
+        drawn = choose(own, setting, [rows[i].source for i in indices])
+        for at, index in enumerate(indices):
+            log_probs = None
+            if drawn.log_probs is not None and drawn.model_log_probs is not None:
+                log_probs = drawn.log_probs[at], drawn.model_log_probs[at]
+            steps.append(rows[index].push(drawn.tokens[at], log_probs))
+    yield from steps
