@@ -164,8 +164,8 @@ def test_sequence_parallel_keeps_less(pool) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_what_is_sent(pool, recompute: str) -> None:
     """Per layer four all-reduces of [T, D]; sequence parallel cuts each in two (a reduce-scatter and an all-gather,
-    both sent as all-to-alls on a CPU) and gathers the inputs of two layers again. Once: embedding, the head's gradient and
-    three numbers a token in the loss. A layer made again does not repeat the collective it ends with."""
+    both sent as all-to-alls on a CPU) and gathers the inputs of two layers again. Once: embedding, the head's gradient
+    and three numbers a token in the loss. A layer made again does not repeat the collective it ends with."""
     layers, hidden, targets = CFG.num_layers, 24 * CFG.hidden_size, 18
     again = layers * (recompute == "full")
     for rank in pool(2).run(tp_cases.sent, False, recompute):
