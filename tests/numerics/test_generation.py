@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from models import ModelConfig, Runtime
+from data.tokenizer import load_tokenizer
+from models import ModelConfig, Runtime, config_from_hf_folder
 from models.generation import Generator, GeneratorConfig, SamplingConfig
+from tests.convert_cases import SMOLLM2
 from tests.numerics.test_hf_parity import DEEPSEEK3, LLAMA, OPTIONS, ROPES, TINY, load_ours, save_theirs
 
 MODELS = [*TINY, "qwen2_all_sliding", "qwen3_sliding", "llama_biases", "llama_multi_head", "deepseek2_latent_queries"]
@@ -46,6 +49,24 @@ def test_greedy_equals_transformers(tmp_path: Path, option: str) -> None:
         assert list(made.tokens) == theirs_of(theirs, prompt, NEW)
         assert made.finish == "length" and made.prompt_tokens == tuple(prompt)
     assert len({made.tokens for made in found}) == len(found)
+
+
+def test_greedy_equals_transformers_on_smollm2() -> None:
+    """A real model and its tokenizer, texts in and out."""
+    theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(str(SMOLLM2))
+    model = load_ours(SMOLLM2, config_from_hf_folder(SMOLLM2), Runtime())
+    asked = [
+        "The capital of France is",
+        "def fib(n):",
+        "Once upon a time there was a ship that sailed to the south and",
+    ]
+    found = Generator(model, tokenizer, SMALL).generate(asked, SamplingConfig(max_new_tokens=8))
+    for prompt, made in zip(asked, found, strict=True):
+        want = theirs_of(theirs, tokenizer.encode(prompt), 8, tokenizer.eos_token_id)
+        assert list(made.tokens) == want
+        assert made.text == tokenizer.decode(want, skip_special_tokens=True)
+    assert found[0].text is not None and "Paris" in found[0].text
 
 
 @pytest.mark.parametrize("family", [LLAMA, DEEPSEEK3], ids=lambda cfg: cfg.family)
