@@ -51,8 +51,8 @@ class Folder:
         self._stored = stored
         self.metas = {hf: Meta(tensor.dtype, tensor.shape) for hf, tensor in stored.items()}
 
-    def of(self, hf: str) -> list[tuple[Box, StoredTensor]]:
-        """Where one tensor lies."""
+    def places(self, hf: str) -> list[tuple[Box, StoredTensor]]:
+        """Where one tensor is read from."""
         shape = self.metas[hf].shape
         return [(Box(hf, 0, math.prod(shape[:-1] if len(shape) > 1 else shape), 0), self._stored[hf])]
 

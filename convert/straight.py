@@ -31,8 +31,8 @@ class Run:
 class Placed(Protocol):
     """Tensors whose places are known: a folder, `Pieces`."""
 
-    def of(self, hf: str) -> Sequence[tuple[Box, Lying]]:
-        """Where the rows of one tensor lie."""
+    def places(self, hf: str) -> Sequence[tuple[Box, Lying]]:
+        """Where one tensor is read from, each row once."""
         ...
 
 
@@ -43,14 +43,12 @@ def runs(source: Tensors, hf: str, start: int, stop: int) -> list[Run] | None:
     wide = source.metas[hf].shape[-1] if len(source.metas[hf].shape) > 1 else None
     found: list[Run] = []
     reached = start
-    for box, lying in sorted(source.of(hf), key=lambda piece: piece[0].start):
-        low, high = max(reached, box.start), min(stop, box.stop)
-        if low > reached and low < high:
-            return None
+    for box, lying in sorted(source.places(hf), key=lambda piece: piece[0].start):
+        low, high = max(start, box.start), min(stop, box.stop)
         if low >= high:
             continue
         stored = lying if isinstance(lying, StoredTensor) else getattr(lying, "stored", None)
-        if not isinstance(stored, StoredTensor) or box.columns not in (None, (0, wide)):
+        if low != reached or not isinstance(stored, StoredTensor) or box.columns not in (None, (0, wide)):
             return None
         found.append(Run(low, high, stored, box.at + low - box.start))
         reached = high
@@ -64,7 +62,7 @@ def copy_runs(found: Sequence[Run], start: int, stop: int, target: StoredTensor,
         Whether it was done; if not (another dtype, file systems that cannot), nothing is known of these rows there.
 
     Raises:
-        ValueError: a file ended early, or the disk is full.
+        ValueError: the disk is full.
     """
     if any(run.stored.dtype != target.dtype or run.stored.row_shape != target.row_shape for run in found):
         return False
@@ -88,7 +86,7 @@ def _copy(source: StoredTensor, first: int, target: StoredTensor, at: int, rows:
                     return False
                 target.not_full(err)
                 raise
-            if not done:
-                raise source.ended()
+            if not done:  # the file ended, as reading will tell; or one of the systems that say so instead of no
+                return False
             read, write, left = read + done, write + done, left - done
     return True

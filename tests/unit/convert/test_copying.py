@@ -108,7 +108,11 @@ def across_systems(out: int, into: int, count: int, read: int, write: int) -> in
     raise OSError(errno.EXDEV, "cross-device link")
 
 
-@pytest.mark.parametrize("kernel", [None, by_bits, across_systems])
+def says_nothing(out: int, into: int, count: int, read: int, write: int) -> int:
+    return 0
+
+
+@pytest.mark.parametrize("kernel", [None, by_bits, across_systems, says_nothing])
 @pytest.mark.parametrize("most", [30, 10**6])
 def test_what_lies_alike_in_files_arrives_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., int] | None, most: int
