@@ -18,9 +18,9 @@ from models.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {
-    "torch": "Megatron-LM's own files, one a rank (mp_rank_*/model_optim_rng.pt)",
-    "torch_dist": "torch.distributed.checkpoint, what today's Megatron-LM and Megatron-Bridge write",
-    "safetensors": "the names and cuts of torch without pickle",
+    "torch": "Megatron-LM's legacy files, one a rank, which it loads at this very layout only",
+    "torch_dist": "what today's Megatron-LM and Megatron-Bridge write, and load at any layout",
+    "safetensors": "the names and cuts of torch without pickle, for Loom (which trains from any of the three)",
 }
 KINDS = {
     "hugging_face": "Hugging Face folder",
