@@ -28,7 +28,7 @@ KEYS = 2048
 FEWEST_TOKENS, SMALLEST_HEAD, ENOUGH = 128, 32, 9_000_000
 """Queries and keys, K, and Q x S x R x K for each thread, from which this is faster. The flash kernel's time over ours,
 forward and backward on one thread: 0.7 with K 16, 0.9 to 1.0 at 4 million, 0.95 to 1.3 at 7 to 8, 1.2 to 1.3 at 9,
-1.4 to 2.4 from 512 tokens on (K 32 to 128, R 1 to 16). More than two threads were not measured."""
+1.4 to 2.4 from 512 tokens on (K 32 to 128, R 1 to 16). More than one thread was not measured."""
 _LOG2E = math.log2(math.e)
 
 
