@@ -84,7 +84,10 @@ def load(root: Path, sizes: Sizes) -> tuple[list[Any], argparse.Namespace]:
     for Transformer Engine, which does not run here, it leaves alone the empty states that only that asks for.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.safe_globals import register_safe_globals
 
+    # Importing Megatron did this, but torch forgets it where that was inside of a `safe_globals` block.
+    register_safe_globals()
     folder = str(root / "release")
     common = cast(dict[str, Any], dist_checkpointing.load_common_state_dict(folder))
     args = with_sizes(common["args"], sizes)

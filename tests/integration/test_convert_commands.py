@@ -83,7 +83,7 @@ def test_smollm2_says_the_same_after_as_before(there_and_back: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from convert import hf_to_mega
 from convert.cli import told
 from convert.output import Output
@@ -98,6 +98,7 @@ def stop_in_the_middle(self, hf):
         self._sync()
     if count == 150:
         os.kill(os.getpid(), signal.{signal})
+        time.sleep(3)  # no other tensor is finished meanwhile, however busy the machine
 
 Output.finished = stop_in_the_middle
 sys.exit(told(hf_to_mega.run, sys.argv[1:]))
