@@ -10,7 +10,8 @@ import pickle
 import struct
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
@@ -18,7 +19,14 @@ from typing import IO, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals, skip_data
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+    safe_globals,
+    skip_data,
+)
 
 from convert.boxes import Meta
 from convert.stored import StoredTensor
@@ -148,7 +156,7 @@ def read_objects(source: Path | IO[bytes], file: Path) -> Any:
         raise ValueError(f"{file} is truncated, corrupt or no archive of torch.save; fetch it again")
     if not isinstance(source, Path):
         source.seek(0)
-    with safe_globals([*REAL, *((StandIn, name) for name in HARMLESS)]):
+    with _only([*REAL, *((StandIn, name) for name in HARMLESS)]):
         try:
             unknown = get_unsafe_globals_in_checkpoint(source)
             if not isinstance(source, Path):
@@ -165,6 +173,19 @@ def read_objects(source: Path | IO[bytes], file: Path) -> Any:
                 f"{file} cannot be read without running code that it names, or is corrupt ({reason}); fetch it again, "
                 "or load it where it was written and save it with torch.save as tensors and plain values only"
             ) from err
+
+
+@contextmanager
+def _only(classes: list[Any]) -> Iterator[None]:
+    """Let torch.load make these and nothing that another library has added (accelerate adds numpy's real ones)."""
+    before = get_safe_globals()
+    clear_safe_globals()
+    add_safe_globals(classes)
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(before)
 
 
 def _why_refused(file: Path, classes: list[str]) -> str:

@@ -21,7 +21,7 @@ from convert.boxes import Meta
 from convert.from_hf import hf_shapes
 from convert.megatron.args import to_args
 from convert.megatron.layout import Layout
-from convert.megatron.rank_files import Strided, begin_torch_file, read_torch_file
+from convert.megatron.rank_files import Strided, begin_torch_file, read_objects, read_torch_file
 from convert.megatron.safe_files import read_safetensors_file
 from convert.megatron.writing import begin_safetensors, begin_torch
 from convert.stored import StoredTensor
@@ -311,3 +311,16 @@ def test_a_safetensors_file_without_args_is_told(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="truncated"):
         read_safetensors_file(file)
+
+
+def test_what_other_libraries_allow_is_not_made(tmp_path: Path) -> None:
+    """Accelerate adds numpy's own functions to torch's list for the whole process."""
+    file = tmp_path / "model_optim_rng.pt"
+    torch.save({"args": argparse.Namespace(), "state": np.random.RandomState(0).get_state()}, file)
+    theirs = torch.serialization.get_safe_globals()
+    added = [np._core.multiarray._reconstruct, np.ndarray]  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.serialization.safe_globals(added):
+        before = torch.serialization.get_safe_globals()
+        assert not isinstance(read_objects(file, file)["state"][1], np.ndarray)
+        assert set(map(str, torch.serialization.get_safe_globals())) == set(map(str, before))
+    assert set(map(str, torch.serialization.get_safe_globals())) == set(map(str, theirs))
