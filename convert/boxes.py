@@ -159,10 +159,6 @@ class Pieces(Generic[T_co]):
         """Every piece of one tensor, copies included."""
         return self._of[hf]
 
-    def places(self, hf: str) -> Sequence[tuple[Box, T_co]]:
-        """Where one tensor is read from: no copies."""
-        return self._first[hf]
-
     def rows(self, hf: str, start: int, stop: int, columns: Columns | None = None) -> torch.Tensor:
         """Rows [start, stop) of one tensor, gathered."""
         meta = self.metas[hf]

@@ -14,9 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from convert.boxes import Meta, Pieces, Tensors, Writable
-from convert.stored import StoredTensor
-from convert.straight import copy_runs, runs
+from convert.boxes import Meta, Pieces, Tensors, Writable, put
 
 BLOCK_BYTES = 2 * 2**20
 """Of one block. It passes through a core's cache: with 8 MiB the same work takes twice the time."""
@@ -83,7 +81,8 @@ def copy(
     lock = threading.Lock()
 
     def one(block: Block) -> None:
-        _copy_block(source, sink, block)
+        rows = source.rows(block.hf, block.start, block.stop).to(sink.metas[block.hf].dtype)
+        put(sink, block.hf, block.start, rows)
         with lock:
             moved(block.bytes)
             left[block.hf] -= block.bytes
@@ -93,24 +92,6 @@ def copy(
     wanted = {hf: meta for hf, meta in sink.metas.items() if hf not in set(done)}
     left = {hf: total_bytes({hf: meta}) for hf, meta in wanted.items()}
     each_at_once((block for hf, meta in wanted.items() for block in blocks(hf, meta, most)), one, workers)
-
-
-def _copy_block(source: Tensors, sink: Pieces[Writable], block: Block) -> None:
-    """What lies in the source as it lies in the sink the kernel copies; the rest is gathered and scattered."""
-    meta = sink.metas[block.hf]
-    found = runs(source, block.hf, block.start, block.stop) if source.metas[block.hf].dtype == meta.dtype else None
-    rows: torch.Tensor | None = None
-    for box, lying in sink.of(block.hf):
-        low, high = max(block.start, box.start), min(block.stop, box.stop)
-        if low >= high:
-            continue
-        at = box.at + low - box.start
-        if found and box.columns is None and isinstance(lying, StoredTensor) and copy_runs(found, low, high, lying, at):
-            continue
-        if rows is None:
-            rows = source.rows(block.hf, block.start, block.stop).to(meta.dtype)
-        part = rows[low - block.start : high - block.start]
-        lying.put(at, part if box.columns is None else part[:, slice(*box.columns)])
 
 
 def each_at_once(items: Iterator[Item], work: Callable[[Item], object], workers: int) -> None:

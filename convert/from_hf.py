@@ -1,14 +1,13 @@
 """A Hugging Face folder, opened: its weights by rows, checked against its own config.json from the headers alone."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from convert.boxes import Box, Columns, Meta
+from convert.boxes import Columns, Meta
 from convert.hf_files import StoredTensor, read_folder
 from convert.opened import Opened
 from models import FAMILIES, build, config_from_hf_folder
@@ -50,11 +49,6 @@ class Folder:
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self._stored = stored
         self.metas = {hf: Meta(tensor.dtype, tensor.shape) for hf, tensor in stored.items()}
-
-    def places(self, hf: str) -> list[tuple[Box, StoredTensor]]:
-        """Where one tensor is read from."""
-        shape = self.metas[hf].shape
-        return [(Box(hf, 0, math.prod(shape[:-1] if len(shape) > 1 else shape), 0), self._stored[hf])]
 
     def rows(self, hf: str, start: int, stop: int, columns: Columns | None = None) -> torch.Tensor:
         """Rows [start, stop) of one tensor in its own dtype and memory, all columns or some.

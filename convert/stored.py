@@ -91,7 +91,7 @@ class StoredTensor:
         assert at + data.numel() <= self.stop, f"{rows.shape[0]} rows from {start} on do not fit into {self}"
         left = data.numpy().data
         try:
-            with opened(self.file, os.O_WRONLY) as number:
+            with _opened(self.file, os.O_WRONLY) as number:
                 while left:
                     written = os.pwrite(number, left, at)
                     at, left = at + written, left[written:]
@@ -117,7 +117,7 @@ class StoredTensor:
         if not out.numel():
             return out
         into = out.view(-1).view(torch.uint8).numpy().data
-        with opened(self.file, os.O_RDONLY) as number:
+        with _opened(self.file, os.O_RDONLY) as number:
             while into:
                 got = os.preadv(number, [into], at)
                 if not got:
@@ -127,7 +127,7 @@ class StoredTensor:
 
 
 @contextmanager
-def opened(file: Path, flags: int) -> Iterator[int]:
+def _opened(file: Path, flags: int) -> Iterator[int]:
     """A file's descriptor, without the buffer and locks of Python's own files."""
     number = os.open(file, flags | os.O_CLOEXEC)
     try:

@@ -49,11 +49,10 @@ class Blob:
         Raises:
             ValueError: the file is damaged.
         """
-        return self.stored.rows(start, stop)
+        return self._stored.rows(start, stop)
 
     @cached_property
-    def stored(self) -> StoredTensor | Strided:
-        """Its values in the file."""
+    def _stored(self) -> StoredTensor | Strided:
         place, sizes = self.part.place, self.part.sizes
         try:
             with place.file.open("rb") as handle:

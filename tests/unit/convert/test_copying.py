@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from convert.boxes import Box, Columns, Meta, Pieces
 from convert.copying import Block, blocks, converted, copy, each_at_once, total_bytes
 from convert.output import Output, building_folder, check_space, fingerprint, size, writing
 from convert.stored import StoredTensor, begin_file
-from convert.straight import copy_runs, runs
 
 METAS = {
     "embed": Meta(torch.float32, (64, 6)),
@@ -99,26 +98,8 @@ def stacked(folder: Path, metas: dict[str, Meta]) -> Pieces[StoredTensor]:
     return Pieces(metas, [(found["embed"], halves), *others])
 
 
-def by_bits(out: int, into: int, count: int, read: int, write: int) -> int:
-    """The kernel may copy less than it was asked for."""
-    return os.pwrite(into, os.pread(out, min(count, 7), read), write)
-
-
-def across_systems(out: int, into: int, count: int, read: int, write: int) -> int:
-    raise OSError(errno.EXDEV, "cross-device link")
-
-
-def says_nothing(out: int, into: int, count: int, read: int, write: int) -> int:
-    return 0
-
-
-@pytest.mark.parametrize("kernel", [None, by_bits, across_systems, says_nothing])
 @pytest.mark.parametrize("most", [30, 10**6])
-def test_what_lies_alike_in_files_arrives_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., int] | None, most: int
-) -> None:
-    if kernel is not None:
-        monkeypatch.setattr(os, "copy_file_range", kernel)
+def test_from_any_places_to_any_others(tmp_path: Path, most: int) -> None:
     memory = Memory()
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).mkdir()
@@ -132,23 +113,6 @@ def test_what_lies_alike_in_files_arrives_too(
         copy(source, sink, 2, most=most)
         for hf in ("embed", "mix", "norm"):
             assert torch.equal(sink.rows(hf, 0, METAS[hf].shape[0]), memory.values[hf]), hf
-
-
-def test_the_kernel_copies_rows_that_lie_alike_and_no_others(tmp_path: Path) -> None:
-    source, wide = stacked(tmp_path, METAS), converted(METAS, torch.float64)
-    copy(Memory(), source)
-    (tmp_path / "b").mkdir()
-    strips, doubled = (
-        begin(tmp_path / "b"),
-        begin_file(tmp_path / "d", {"embed": (torch.float64, (64, 6))}, {})["embed"],
-    )
-    found = runs(source, "embed", 10, 50)
-    assert found is not None and [(run.start, run.stop, run.at) for run in found] == [(10, 32, 42), (32, 50, 0)]
-    assert not copy_runs(found, 10, 50, doubled, 0), "another dtype"
-    assert runs(strips, "mix", 0, 10) is None, "strips"
-    assert runs(Memory(), "embed", 0, 10) is None, "not in a file"
-    copy(source, Pieces({"embed": wide["embed"]}, [(doubled, [Box("embed", 0, 64, 0)])]))
-    assert torch.equal(doubled.read(), Memory().values["embed"].double())
 
 
 def test_a_source_that_was_cut_is_told(tmp_path: Path) -> None:
@@ -165,11 +129,10 @@ def test_a_disk_that_fills_up_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
     source = stacked(tmp_path, METAS)
     (tmp_path / "b").mkdir()
-    for call in ("copy_file_range", "pwrite"):
-        with monkeypatch.context() as patched:
-            patched.setattr(os, call, full)
-            with pytest.raises(ValueError, match="disk is full"):
-                copy(source, begin(tmp_path / "b"))
+    sink = begin(tmp_path / "b")
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ValueError, match="disk is full"):
+        copy(source, sink)
 
 
 def test_blocks_have_at_least_a_row_and_are_small() -> None:
