@@ -111,9 +111,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "a moving bias": ("tiny_deepseek_v3", {"moe.bias_rate": 0.002, "moe.balance_over": "sequence"}),
 }
 BESIDE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "biases of the attention": ("tiny_llama", {"qkv_bias": True, "attention_out_bias": True}, "feed-forward biases"),
-    "biases of Qwen3": ("tiny_qwen3", {"qkv_bias": True, "attention_out_bias": True}, "feed-forward biases"),
-    "biases beside experts": ("tiny_qwen3_moe", {"qkv_bias": True, "attention_out_bias": True}, "feed-forward biases"),
+    "biases of the attention": (
+        "tiny_llama",
+        {"qkv_bias": True, "attention_out_bias": True},
+        "they are written as zeros",
+    ),
+    "biases of Qwen3": ("tiny_qwen3", {"qkv_bias": True, "attention_out_bias": True}, "they are written as zeros"),
+    "biases beside experts": (
+        "tiny_qwen3_moe",
+        {"qkv_bias": True, "attention_out_bias": True},
+        "they are written as zeros",
+    ),
     "biases of the feed-forward": ("tiny_llama", {"mlp_bias": True}, "attention_out_bias is False"),
     "sigmoid not normed": ("tiny_deepseek_v3", {"moe.normalize": False}, "moe.normalize is False"),
     "other groups": (
