@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -96,15 +97,23 @@ def load_scorer(opened: Opened, device: torch.device, precision: Precision = "fp
         raise ValueError(f"{opened.path} has a scalar head (a reward or value model): it gives tokens no probability")
     source = Source(opened, cfg)
     source.check()
-    on_gpu = device.type == "cuda"
-    chunk = max((GPU_LOGITS_BYTES if on_gpu else CPU_LOGITS_BYTES) // (4 * cfg.vocab_size), 64)
+    chunk = max((GPU_LOGITS_BYTES if device.type == "cuda" else CPU_LOGITS_BYTES) // (4 * cfg.vocab_size), 64)
     model = build(cfg, SINGLE, Runtime(loss_chunk=chunk))
-    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    if needed > free:
-        raise ValueError(
-            f"{opened.path} needs {needed / 1e9:.3g} GB for its fp32 weights and {free / 1e9:.3g} GB are free on "
-            f"{device}; use a machine with more memory"
-        )
+    check_memory(opened.path, model, device)
     materialise(model, source, WHOLE, device)
     return Scorer(model.eval(), device, precision)
+
+
+def check_memory(path: Path, model: Decoder, device: torch.device) -> None:
+    """That a model's weights, read as fp32, fit where they shall lie.
+
+    Raises:
+        ValueError: they do not.
+    """
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.3g} GB for its fp32 weights and {free / 1e9:.3g} GB are free on "
+            f"{device}; use a machine with more memory"
+        )

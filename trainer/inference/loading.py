@@ -1,0 +1,174 @@
+"""A generator from whatever lies in a folder: the weights, with the tokenizer and stop tokens they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from convert.hf_folder_files import CONFIG, GENERATION, read_json
+from convert.opened import Opened
+from convert.opening import open_weights
+from convert.source import Source
+from data.chat import ChatTemplate, Render, special_tokens, template_renderer
+from data.config import DataConfig
+from data.tokenizer import describe, load_tokenizer
+from models import Runtime, build
+from models.generation import Generator, GeneratorConfig
+from parallel.config import EngineConfig, ParallelConfig
+from parallel.groups import Groups
+from parallel.materialise import materialise
+from parallel.sharding import SINGLE
+from trainer import layout_rules
+from trainer.evaluation.scorer import check_memory
+from trainer.evaluation.tokens import tokenizer_folder
+
+Dtype = Literal["fp32", "bf16"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DATA = DataConfig(sources=(), seq_len=1, micro_batch_rows=1, global_batch_rows=1)
+"""The layout rules ask for a data section; the one for tp does not look at it."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A language model's checkpoint, opened, with the tokenizer that belongs to it; no weight is read yet."""
+
+    opened: Opened
+    tokenizer: Any
+    """With the chat template that is to be used as its own."""
+    folder: str
+    """Where the tokenizer lies."""
+    render: Render | None
+    """Writes messages down by the chat template; None where there is none."""
+    stop_tokens: tuple[int, ...]
+    """End of text by the tokenizer, generation_config.json and the chat template."""
+
+
+def open_text_model(
+    path: str | Path, *, tokenizer: str | None = None, chat_template: str | Path | None = None
+) -> TextModel:
+    """Open a checkpoint of any kind and find what turns text into its tokens.
+
+    Args:
+        path: a Hugging Face folder, a Megatron checkpoint or a run of Loom.
+        tokenizer: folder of the tokenizer, where it does not lie with the checkpoint.
+        chat_template: a jinja file instead of the run's or the tokenizer's own template.
+
+    Raises:
+        ValueError: nothing that is known lies there, it is no language model, there is no tokenizer or another model's,
+            or the chat template cannot be used.
+    """
+    opened = open_weights(path)
+    if opened.cfg.head != "lm":
+        raise ValueError(f"{opened.path} has a scalar head (a reward or value model): it writes no text")
+    folder = tokenizer_folder(tokenizer, opened)
+    made = load_tokenizer(folder, "--tokenizer")
+    known, vocab = describe(made).vocab_size, opened.cfg.vocab_size
+    if known > vocab:
+        raise ValueError(
+            f"the tokenizer in {folder} has {known} tokens and the model only {vocab}: it belongs to another model; "
+            "name the right one with --tokenizer FOLDER"
+        )
+    render = _renderer(made, folder, chat_template or opened.chat_template)
+    stop_tokens = _stop_tokens(made, opened, render)
+    wrong = [token for token in stop_tokens if not 0 <= token < vocab]
+    if wrong:
+        raise ValueError(
+            f"{opened.files}: {GENERATION} names token {wrong[0]} as end of text and the model has {vocab} tokens: the "
+            "file belongs to another model; copy the right one there"
+        )
+    return TextModel(opened, made, folder, render, stop_tokens)
+
+
+def load_generator(
+    path: str | Path,
+    *,
+    device: torch.device,
+    dtype: Dtype = "fp32",
+    config: GeneratorConfig | None = None,
+    groups: Groups | None = None,
+    tokenizer: str | None = None,
+    chat_template: str | Path | None = None,
+) -> Generator:
+    """A generator with the weights of a checkpoint.
+
+    Its `tokenizer` has the chat template to use. Other arguments and errors as of `open_text_model` and `generator_of`.
+    """
+    found = open_text_model(path, tokenizer=tokenizer, chat_template=chat_template)
+    return generator_of(found, device=device, dtype=dtype, config=config, groups=groups)
+
+
+def generator_of(
+    found: TextModel,
+    *,
+    device: torch.device,
+    dtype: Dtype = "fp32",
+    config: GeneratorConfig | None = None,
+    groups: Groups | None = None,
+) -> Generator:
+    """Read the weights of an opened model.
+
+    Args:
+        device: where they shall lie.
+        dtype: of weights, cache and activations; logits are fp32.
+        config: how much is worked on at once.
+        groups: a process group whose tp ranks share the model; None = it lies whole in this process.
+
+    Raises:
+        ValueError: tensors are not the model's, do not fit into memory, or cannot be shared by so many tp ranks.
+    """
+    cfg, place = found.opened.cfg, SINGLE if groups is None else groups.place()
+    if problem := tp_problem(found.opened, place.tp.size):
+        raise ValueError(problem)
+    source = Source(found.opened, cfg)
+    source.check()
+    model = build(cfg, place, Runtime())
+    check_memory(found.opened.path, model, device)
+    materialise(model, source, place.cut, device)
+    for parameter in model.parameters():  # one after another; buffers stay fp32, as a router's corrections must
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    return Generator(model.eval(), found.tokenizer, config, found.stop_tokens)
+
+
+def tp_problem(opened: Opened, tp: int) -> str | None:
+    """Why so many ranks cannot share a model; None if they can."""
+    layout = layout_rules.Layout(opened.cfg, ParallelConfig(tp=tp), EngineConfig(), DATA)
+    for fault in layout_rules.broken(layout, tp):
+        if fault.key == "parallel.tp":
+            return f"{opened.path} cannot be shared by {tp} ranks: tp={tp} {fault.reason}"
+    return None
+
+
+def _renderer(tokenizer: Any, folder: str, template: str | Path | None) -> Render | None:
+    """The chat template as a function; a template that is given becomes the tokenizer's own."""
+    where = folder
+    if template is not None:
+        where = str(template)
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the chat template {template} cannot be read ({error}); name another file") from error
+    own = tokenizer.chat_template
+    if own is None:
+        return None
+    try:
+        return template_renderer(tokenizer, own if isinstance(own, str) else None, where)
+    except ValueError as error:
+        raise ValueError(f"{error}".replace("data.chat_template=", "the chat template of ")) from error
+
+
+def _stop_tokens(tokenizer: Any, opened: Opened, render: Render | None) -> tuple[int, ...]:
+    """Ids that end a text, each once."""
+    found: list[int] = []
+    for file in () if opened.files is None else (CONFIG, GENERATION):
+        assert opened.files is not None
+        ends = read_json(opened.files / file).get("eos_token_id")
+        found += [token for token in (ends if isinstance(ends, list) else [ends]) if type(token) is int]
+    texts = {tokenizer.eos_token} - {None}
+    if render is not None:
+        own = ChatTemplate(render, special_tokens(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
+        texts |= own.stop_tokens
+    found += [tokenizer.convert_tokens_to_ids(text) for text in texts]
+    return tuple(sorted(set(found)))
