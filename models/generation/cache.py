@@ -76,6 +76,13 @@ class LayerCache:
         """Places that so many tokens fill."""
         return tokens if self.window is None else min(tokens, self.window)
 
+    def places(self, first: int, tokens: int) -> list[tuple[int, int]]:
+        """Ranges of places that hold tokens `first` and later of a row with so many tokens."""
+        if self.window is None or tokens <= self.window:
+            return [(first, tokens)]
+        start, stop = max(first, tokens - self.window) % self.window, tokens % self.window
+        return [(start, stop)] if start < stop else [(0, stop), (start, self.window)]
+
     def tensors(self) -> list[torch.Tensor]:
         """Keys, and values where they are apart."""
         return [self.keys] if self.values is None else [self.keys, self.values]
@@ -163,11 +170,12 @@ class Cache:
                 assert new is not None
                 own[slot, :, : new.shape[1]] = new
 
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy a row's `tokens` tokens to another slot."""
+    def move(self, source: int, target: int, tokens: int, first: int = 0) -> None:
+        """Copy a row's `tokens` tokens to another slot, which has the same ones before token `first` already."""
         for layer in self.layers:
-            for own in layer.tensors():
-                own[target, :, : layer.held(tokens)] = own[source, :, : layer.held(tokens)]
+            for start, stop in layer.places(first, tokens):
+                for own in layer.tensors():
+                    own[target, :, start:stop] = own[source, :, start:stop]
 
     def plans(self, lengths: Sequence[int], device: torch.device) -> dict[int | None, Plan]:
         """For each window, the plan of a step after which the rows have `lengths` tokens."""

@@ -22,6 +22,22 @@ from models.heads import LMHead
 @torch.no_grad()
 def prefill(model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache) -> torch.Tensor:
     """Run prompts, put them into their slots, and give the logits after each, fp32 [N, V]. No prompt is empty."""
+    hidden, ends_N = prompt_states(model, prompts, slots, cache)
+    return logits_of(model, normed_states(model, hidden[ends_N]))
+
+
+@torch.no_grad()
+def decode(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache) -> torch.Tensor:
+    """Append one token to each of the first rows, which have `lengths` tokens: the logits after it, fp32 [B, V]."""
+    return logits_of(model, normed_states(model, step_states(model, tokens, lengths, cache)))
+
+
+@torch.no_grad()
+def prompt_states(
+    model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run prompts and put them into their slots: the last layer's output for all tokens [T, D], and where in it the
+    prompts end [N]."""
     device = cache.layers[0].keys.device
     lengths = [len(prompt) for prompt in prompts]
     borders = (0, *accumulate(lengths))
@@ -39,12 +55,12 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[in
         else:
             hidden = _prompts(layer.attn, normed, hidden, packing, own, slots)
         hidden = _feed_forward(layer, hidden, tokens)
-    return _logits(model, hidden[torch.tensor(borders[1:], device=device) - 1])
+    return hidden, torch.tensor(borders[1:], device=device) - 1
 
 
 @torch.no_grad()
-def decode(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache) -> torch.Tensor:
-    """Append one token to each of the first rows, which have `lengths` tokens: the logits after it, fp32 [B, V]."""
+def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache) -> torch.Tensor:
+    """Append one token to each of the first rows, which have `lengths` tokens: the last layer's output [B, D]."""
     device = cache.layers[0].keys.device
     tokens_B, after = torch.tensor(tokens, device=device), [n + 1 for n in lengths]
     # Dynamic scaling turns a token by the length at which it came, as transformers does.
@@ -61,19 +77,28 @@ def decode(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache:
             found = _step(layer.attn, normed, cos, sin, own, plan)
         hidden = layer.attn.out(found, hidden)
         hidden = _feed_forward(layer, hidden, routed)
-    return _logits(model, hidden)
+    return hidden
+
+
+@torch.no_grad()
+def normed_states(model: Decoder, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """The last layer's output after the final norm [N, D]."""
+    assert model.norm is not None
+    return model.norm(hidden_ND)[0]
+
+
+@torch.no_grad()
+def logits_of(model: Decoder, states_ND: torch.Tensor) -> torch.Tensor:
+    """What the head makes of normed states, fp32 [N, V]."""
+    assert isinstance(model.head, LMHead)
+    logits = model.head(states_ND)
+    assert isinstance(logits, torch.Tensor)
+    return logits.float()
 
 
 def _embedded(model: Decoder, tokens_T: torch.Tensor) -> torch.Tensor:
     assert model.embed is not None, "generation needs the whole model"
     return model.embed(tokens_T)
-
-
-def _logits(model: Decoder, hidden_ND: torch.Tensor) -> torch.Tensor:
-    assert model.norm is not None and isinstance(model.head, LMHead)
-    logits = model.head(model.norm(hidden_ND)[0])
-    assert isinstance(logits, torch.Tensor)
-    return logits.float()
 
 
 def _feed_forward(layer: Layer, hidden_TD: torch.Tensor, tokens: Tokens) -> torch.Tensor:
