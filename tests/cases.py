@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _world  # pyright: ignore[reportPrivateUsage]
 
 from data.batch import Document, MicroBatch, Row, collate, split_rows
 from models import ModelConfig
@@ -42,28 +41,12 @@ TINY = ModelConfig(
 )
 
 
-KEPT_LAYOUTS = 4
-_made: OrderedDict[ParallelConfig, tuple[Groups, list[dist.ProcessGroup]]] = OrderedDict()
-
-
+@functools.cache
 def here(layout: ParallelConfig = ALL_DATA) -> Groups:
-    """The groups of the pool this process belongs to; those of the last few layouts are kept.
-
-    Every gloo group has threads that wake a hundred times a second, so those of all layouts would take half of the
-    machine. All ranks ask for the same layouts in the same order, so they give back the same groups.
-    """
-    if layout not in _made:
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        before = set(_world.pg_map)
-        groups = build_groups(LauncherRanks(rank, size, rank), 300, layout)
-        _made[layout] = groups, [group for group in _world.pg_map if group not in before]
-    _made.move_to_end(layout)
-    while len(_made) > KEPT_LAYOUTS:
-        _, (_, old) = _made.popitem(last=False)
-        for group in old:
-            dist.destroy_process_group(group)
-    return _made[layout][0]
+    """The groups of the pool this process belongs to."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return build_groups(LauncherRanks(rank, size, rank), 300, layout)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,17 @@
-"""Process pools for parallel tests: started once a session, reused by every test, gloo on loopback."""
+"""Process pools for parallel tests: started once a session, reused by every test, gloo on loopback.
+
+Between two jobs the processes are stopped (SIGSTOP): each gloo group has threads that wake a hundred times a second,
+and those of fifteen idle processes took half of a machine of two cores.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import pickle
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +21,7 @@ from typing import Any
 
 TIMEOUT_S = 300
 AFTER_FAILURE_S = 10
+_PR_SET_PDEATHSIG = 1
 
 
 class Pool:
@@ -37,6 +45,7 @@ class Pool:
 
         ``function`` lives in an importable module (``tests.cases``), not inside a test file.
         """
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, args, kwargs)))
         results: dict[int, Any] = {}
@@ -56,8 +65,14 @@ class Pool:
         if missing:
             self.kill()
             failed.append(f"no answer from ranks {missing}; the pool was ended")
+        self._signal(signal.SIGSTOP)
         assert not failed, "\n".join(failed)
         return [results[rank] for rank in range(self.size)]
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
 
     def kill(self) -> None:
         """End processes that no longer answer."""
@@ -69,6 +84,7 @@ class Pool:
         """End the processes."""
         if not self.alive:
             return
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps(None))
         for process in self.processes:
@@ -79,10 +95,14 @@ class Pool:
 
 def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
     os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    # A stopped process would outlive tests that were killed.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    dist.new_group = _groups_made_once(dist.new_group)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while (job := pickle.loads(pipe.recv_bytes())) is not None:
         function, args, kwargs = job
@@ -93,3 +113,20 @@ def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
         # By value: torch would send each tensor as a shared file, and every one of them stays an open descriptor here.
         pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
+
+
+def _groups_made_once(new_group: Callable[..., Any]) -> Callable[..., Any]:
+    """`new_group` that gives the same ranks the same group again: layouts by the hundred have few different ones.
+
+    Groups asked for with other options than a timeout are new ones.
+    """
+    made: dict[tuple[int, ...], Any] = {}
+
+    def group_of(ranks: list[int] | None = None, timeout: Any = None, **options: Any) -> Any:
+        if options or ranks is None:
+            return new_group(ranks, timeout, **options)
+        if tuple(ranks) not in made:
+            made[tuple(ranks)] = new_group(ranks, timeout)
+        return made[tuple(ranks)]
+
+    return group_of
