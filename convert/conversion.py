@@ -88,7 +88,7 @@ def convert(source: Opened, target: Target, how: How) -> None:
             copy(source.tensors, sink, how.workers, output.done, output.finished, moved)
         took = time.perf_counter() - started
         if how.verify:
-            _check(source, output.weights, metas, how.workers)
+            _check(source, output, metas, how.workers)
         started = time.perf_counter()
         output.complete()
         took += time.perf_counter() - started
@@ -161,15 +161,14 @@ def bar(word: str, total: int, already: int = 0) -> Iterator[Callable[[int], obj
         yield shown.update
 
 
-def _check(source: Opened, folder: Path, metas: Mapping[str, Meta], workers: int) -> None:
+def _check(source: Opened, output: Output, metas: Mapping[str, Meta], workers: int) -> None:
     lines: list[str] = []
     try:
         with bar("reading", total_bytes(metas)) as moved:
-            verify(source, folder, metas, workers, moved, lines.append)
+            verify(source, output.weights, metas, workers, moved, lines.append)
     except ValueError as error:
+        output.distrust()
         done = "".join(f"\n  ok: {line}" for line in lines)
-        raise ValueError(
-            f"--verify failed, the output did not get its name (it is {folder}):{done}\n  {error}"
-        ) from error
+        raise ValueError(f"--verify failed, nothing was written:{done}\n  {error}") from error
     for line in lines:
         print(f"     ok  {line}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from convert.cli import DTYPES, add_common, add_layout, layout_of, parser_of, told
 from convert.conversion import How, Target, convert
 from convert.from_hf import open_hf
+from convert.opening import is_loom, is_megatron
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -24,6 +25,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     add_layout(parser)
     add_common(parser)
     args = parser.parse_args(argv)
+    if args.hf.is_dir() and (is_megatron(args.hf) or is_loom(args.hf)):
+        raise ValueError(f"--hf {args.hf} is no Hugging Face folder; reshard.py --in {args.hf} --out ... takes it")
     target = Target(args.out, args.format, layout_of(args), DTYPES.get(args.dtype))
     convert(open_hf(args.hf), target, How(args.workers, args.verify, args.start_over))
 

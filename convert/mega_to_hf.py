@@ -37,7 +37,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     source = open_weights(args.mega, args.hf_files)
     if source.format == "hugging_face":
-        raise ValueError(f"{args.mega} is a Hugging Face folder already")
+        raise ValueError(f"{args.mega} is a Hugging Face folder already; to Megatron goes hf_to_mega.py")
     target = Target(args.out, "hugging_face", None, DTYPES.get(args.dtype), args.max_shard_size)
     convert(source, target, How(args.workers, args.verify, args.start_over))
 

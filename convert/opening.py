@@ -34,6 +34,8 @@ def open_weights(path: str | Path, files: Path | None = None) -> Opened:
         raise ValueError(f"{folder} is not there; {_nearest(folder)}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; name the folder it lies in")
+    if folder.name.startswith("mp_rank_"):
+        raise ValueError(f"{folder} is one rank's part of a checkpoint; name the whole: {folder.parent}")
     if is_loom(folder):
         return replace(opened := open_loom(folder), files=files or opened.files)
     if is_megatron(folder):

@@ -124,6 +124,10 @@ class Output:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def distrust(self) -> None:
+        """Forget what is finished: it was found to be wrong, and a next try writes everything anew."""
+        (self.folder / "finished").unlink(missing_ok=True)
+
     def complete(self) -> None:
         """Put everything on the disk and give the folder its name."""
         sync_files(self.weights)

@@ -75,7 +75,7 @@ def rewrite(job: Job, notes: Iterable[str]) -> None:
             try:
                 lines += verify(job, output.weights, metas)
             except ValueError as error:
-                (output.folder / "finished").unlink()  # so that nothing of it is kept for a next try
+                output.distrust()
                 raise ValueError(f"--verify failed, nothing was written: {error}") from error
         output.complete()
     for line in lines:

@@ -392,11 +392,26 @@ def test_verification_does_not_trust_the_plan_it_was_written_by(
 def test_a_verification_that_fails_keeps_the_output_from_its_name(
     tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "query_groups", lambda cfg, segments: segments)
-    assert command("hf_to_mega", "--hf", small, "--out", tmp_path / "out", "--tp", 2, "--verify") == 2
+    words = ("--hf", small, "--out", tmp_path / "out", "--tp", 2, "--verify")
+    with monkeypatch.context() as wrong:
+        wrong.setattr(names, "query_groups", lambda cfg, segments: segments)
+        assert command("hf_to_mega", *words) == 2
     told = capsys.readouterr().err
     assert "--verify failed" in told and "put together by the definition" in told
     assert not (tmp_path / "out").exists()
+    assert command("hf_to_mega", *words) == 0, "nothing of the wrong output is gone on with"
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_what_lies_in_the_wrong_place_is_named_with_the_way_out(
+    tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("hf_to_mega", "--hf", small, "--out", tmp_path / "mega", "--tp", 2) == 0
+    assert command("hf_to_mega", "--hf", tmp_path / "mega", "--out", tmp_path / "again") == 2
+    assert f"reshard.py --in {tmp_path / 'mega'}" in capsys.readouterr().err
+    part = tmp_path / "mega" / "release" / "mp_rank_00"
+    assert command("mega_to_hf", "--mega", part, "--out", tmp_path / "hf") == 2
+    assert f"name the whole: {part.parent}" in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
