@@ -4,7 +4,8 @@ The prompts run through the model's own packed attention. A step attends to the 
 takes its up-projections into query and output (DeepSeek-AI 2024, section 2.1.2): keys and values are never made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -17,6 +18,10 @@ from models.blocks.router import Tokens
 from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache, Plan
 from models.heads import LMHead
+
+Meet = Callable[[torch.Tensor, tuple[torch.Tensor, ...], float], torch.Tensor]
+"""(queries [T, H, K], new keys and values [T, G, K] or their latents alone, scale) -> what the queries find [T, H, V]:
+where the new tokens go and whom they see."""
 
 
 @torch.no_grad()
@@ -46,7 +51,7 @@ def prompt_states(
     cos, sin = model.rope.tables(positions_T, lengths)
     packing = Packing.of(cos, sin, borders, {layer.window for layer in cache.layers})
     tokens = Tokens.of(tokens_T, borders, None, model.place)
-    hidden = _embedded(model, tokens_T)
+    hidden = embedded(model, tokens_T)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
         normed = layer.attn_norm(hidden)[0]
@@ -54,7 +59,7 @@ def prompt_states(
             hidden = _latent_prompts(layer.attn, normed, hidden, packing, own, slots)
         else:
             hidden = _prompts(layer.attn, normed, hidden, packing, own, slots)
-        hidden = _feed_forward(layer, hidden, tokens)
+        hidden = feed_forward(layer, hidden, tokens)
     return hidden, torch.tensor(borders[1:], device=device) - 1
 
 
@@ -67,16 +72,13 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
     cos, sin = model.rope.tables(torch.tensor(lengths, device=device), after, [1] * len(after))
     plans = cache.plans(after, device)
     routed = Tokens.of(tokens_B, range(len(after) + 1), None, model.place)
-    hidden = _embedded(model, tokens_B)
+    hidden = embedded(model, tokens_B)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
         normed, plan = layer.attn_norm(hidden)[0], plans[own.window]
-        if isinstance(layer.attn, LatentAttention):
-            found = _latent_step(layer.attn, normed, cos, sin, own, plan)
-        else:
-            found = _step(layer.attn, normed, cos, sin, own, plan)
+        found = attended(layer.attn, normed, cos, sin, partial(_meet_cache, own, plan))
         hidden = layer.attn.out(found, hidden)
-        hidden = _feed_forward(layer, hidden, routed)
+        hidden = feed_forward(layer, hidden, routed)
     return hidden
 
 
@@ -96,12 +98,12 @@ def logits_of(model: Decoder, states_ND: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
-def _embedded(model: Decoder, tokens_T: torch.Tensor) -> torch.Tensor:
+def embedded(model: Decoder, tokens_T: torch.Tensor) -> torch.Tensor:
     assert model.embed is not None, "generation needs the whole model"
     return model.embed(tokens_T)
 
 
-def _feed_forward(layer: Layer, hidden_TD: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+def feed_forward(layer: Layer, hidden_TD: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     normed = layer.mlp_norm(hidden_TD)[0]
     if isinstance(layer.mlp, MoE):
         return layer.mlp(normed, hidden_TD, None, tokens)
@@ -130,15 +132,28 @@ def _prompts(
     return attn.out(attention(qkv, packing, heads, attn.back_end), hidden)
 
 
-def _step(
-    attn: Attention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: LayerCache, plan: Plan
+def attended(
+    attn: Attention | LatentAttention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meet: Meet
 ) -> torch.Tensor:
+    """What the heads of new tokens find, [T, H V]."""
+    if isinstance(attn, LatentAttention):
+        return _latent_step(attn, normed, cos, sin, meet)
+    return _step(attn, normed, cos, sin, meet)
+
+
+def _meet_cache(
+    own: LayerCache, plan: Plan, q_BHK: torch.Tensor, new: tuple[torch.Tensor, ...], scale: float
+) -> torch.Tensor:
+    own.append(plan.place_B, new[0], new[1] if len(new) > 1 else None)
+    return own.attend(q_BHK, plan.pieces, scale)
+
+
+def _step(attn: Attention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meet: Meet) -> torch.Tensor:
     qkv, heads = _qkv(attn, normed), attn.heads
     q, k, v = (x.unflatten(1, (-1, heads.dim)) for x in qkv.split(heads.parts, 1))
     for x in (q, k):
         rotate_(x, cos.to(x.dtype), sin.to(x.dtype))
-    own.append(plan.place_B, k, v)
-    return own.attend(q, plan.pieces, heads.dim**-0.5).flatten(1)
+    return meet(q, (k, v), heads.dim**-0.5).flatten(1)
 
 
 def _latents(
@@ -173,15 +188,14 @@ def _latent_prompts(
 
 
 def _latent_step(
-    attn: LatentAttention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, own: LayerCache, plan: Plan
+    attn: LatentAttention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meet: Meet
 ) -> torch.Tensor:
     q, _, _, kept = _latents(attn, normed, cos, sin)
-    own.append(plan.place_B, kept, None)
     s, heads = attn.heads.sizes, attn.heads.count
     q_nope, q_rope = q.unflatten(1, (heads, -1)).split((s.nope_dim, s.rope_dim), -1)
     up = attn.kv_up.weight.to(q.dtype).unflatten(0, (heads, -1))
     up_key, up_value = up.split((s.nope_dim, s.value_dim), 1)
     q_latent = torch.einsum("bhn,hnr->bhr", q_nope, up_key)
     turned = turned_pairs(q_rope, cos.to(q.dtype), sin.to(q.dtype))
-    found = own.attend(torch.cat([q_latent, turned], -1), plan.pieces, attn.heads.scale)
+    found = meet(torch.cat([q_latent, turned], -1), (kept,), attn.heads.scale)
     return torch.einsum("bhr,hvr->bhv", found, up_value).flatten(1)

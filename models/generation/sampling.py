@@ -39,22 +39,32 @@ class Drawn:
 
 def choose(logits_NV: torch.Tensor, cfg: SamplingConfig, rows: Sequence[Source]) -> Drawn:
     """The next token of rows that have one setting, from their fp32 logits."""
-    shaped = penalised(logits_NV, cfg, rows)
+    own_NV = shaped(logits_NV, cfg, rows)
     if cfg.temperature == 0:
-        tokens_N = shaped.argmax(-1)
+        tokens_N = own_NV.argmax(-1)
         log_probs = torch.zeros(len(rows)) if cfg.log_probs else None
     else:
-        shaped = filtered(shaped, cfg)
-        probs_NV = shaped.softmax(-1)
-        uniform = [uniform_of(row.seed, row.sample, len(row.tokens)) for row in rows]
-        tokens_N = draw(probs_NV, torch.tensor(uniform, dtype=torch.float64, device=probs_NV.device))
-        log_probs = log_prob_of(shaped, tokens_N) if cfg.log_probs else None
+        tokens_N = drawn(own_NV.softmax(-1), rows)
+        log_probs = log_prob_of(own_NV, tokens_N) if cfg.log_probs else None
     model = log_prob_of(logits_NV, tokens_N) if cfg.log_probs else None
     return Drawn(
         tokens_N.tolist(),
         None if log_probs is None else log_probs.tolist(),
         None if model is None else model.tolist(),
     )
+
+
+def shaped(logits_NV: torch.Tensor, cfg: SamplingConfig, rows: Sequence[Source]) -> torch.Tensor:
+    """The logits of the distribution that tokens are drawn from, or of which a greedy row takes the highest."""
+    own_NV = penalised(logits_NV, cfg, rows)
+    return own_NV if cfg.temperature == 0 else filtered(own_NV, cfg)
+
+
+def drawn(probs_NV: torch.Tensor, rows: Sequence[Source], kinds: Sequence[str] | None = None) -> torch.Tensor:
+    """A token for each row by its own chance, int64 [N]; `kinds` as in `uniform_of`."""
+    places = [(row.seed, row.sample, len(row.tokens)) for row in rows]
+    uniform = [uniform_of(*place, kind) for place, kind in zip(places, kinds or [""] * len(rows), strict=True)]
+    return draw(probs_NV, torch.tensor(uniform, dtype=torch.float64, device=probs_NV.device))
 
 
 def penalised(logits_NV: torch.Tensor, cfg: SamplingConfig, rows: Sequence[Source]) -> torch.Tensor:
@@ -98,9 +108,10 @@ def _top_p(logits_NV: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.full_like(logits_NV, float("-inf")).scatter(1, top.indices, values)
 
 
-def uniform_of(seed: int, sample: int, place: int) -> float:
-    """A number in [0, 1) from a row's seed, its sample's number and the token's place in its text."""
-    digest = hashlib.blake2b(f"{seed}:{sample}:{place}".encode(), digest_size=8).digest()
+def uniform_of(seed: int, sample: int, place: int, kind: str = "") -> float:
+    """A number in [0, 1) from a row's seed, its sample's number, the token's place in its text and what it decides
+    there, if that is not the token itself."""
+    digest = hashlib.blake2b(f"{seed}:{sample}:{place}{kind}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
