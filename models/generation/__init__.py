@@ -1,13 +1,26 @@
-"""Text from a decoder: a cache of keys and values, continuous batching, sampling, streams of tokens."""
+"""Text from a decoder: a cache of keys and values, continuous batching, sampling, searches, streams of tokens."""
 
 from models.generation.config import (
     Completion,
     GeneratorConfig,
     Request,
     SamplingConfig,
+    Settings,
     Step,
     sampling_config,
 )
 from models.generation.generator import Generator
+from models.generation.search_config import BeamConfig, ContrastiveConfig
 
-__all__ = ["Completion", "Generator", "GeneratorConfig", "Request", "SamplingConfig", "Step", "sampling_config"]
+__all__ = [
+    "BeamConfig",
+    "Completion",
+    "ContrastiveConfig",
+    "Generator",
+    "GeneratorConfig",
+    "Request",
+    "SamplingConfig",
+    "Settings",
+    "Step",
+    "sampling_config",
+]

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from models.config import Problem
+from models.generation.search_config import BeamConfig, ContrastiveConfig, EarlyStopping, search_kind
 
 Finish = Literal["stop", "length", "error"]
 """A stop token or string came; `max_new_tokens` or the model's context is used up; the row could not be run."""
@@ -69,21 +70,29 @@ class SamplingConfig:
         return found
 
 
-def sampling_config(given: Mapping[str, Any]) -> SamplingConfig:
+Settings = SamplingConfig | BeamConfig | ContrastiveConfig
+"""How the texts of a prompt are made."""
+
+
+def sampling_config(given: Mapping[str, Any]) -> Settings:
     """The settings of a mapping (a row of a file, a command line), checked.
+
+    Keys that only a search has (`num_beams`, `degeneration_penalty`, ...) make it that search's.
 
     Raises:
         ValueError: unknown keys, values of another type, impossible values; all of them in one message.
     """
-    names = [each.name for each in fields(SamplingConfig)]
-    bad = [f"{key}: there is no such setting; there are {', '.join(names)}" for key in given if key not in names]
+    search = search_kind(given)
+    kind, where = search or SamplingConfig, f" in {search.title}" if search else ""
+    names = [each.name for each in fields(kind)]
+    bad = [f"{key}: there is no such setting{where}; there are {', '.join(names)}" for key in given if key not in names]
     values: dict[str, Any] = {}
     for key in (key for key in given if key in names):
         values[key], wanted = _typed(key, given[key])
         if wanted:
             bad.append(f"{key}={given[key]!r}: give {wanted}")
     if not bad:
-        made = SamplingConfig(**values)
+        made = kind(**values)
         bad = told(made.problems())
         if not bad:
             return made
@@ -94,6 +103,9 @@ def _typed(key: str, value: Any) -> tuple[Any, str]:
     """The value as the field has it, and what should have been given where it does not fit (else nothing)."""
     if key == "log_probs":
         return value, "" if isinstance(value, bool) else "true or false"
+    if key == "early_stopping":
+        names = get_args(EarlyStopping)
+        return value, "" if value in names else f"one of {', '.join(names)}"
     if key in ("stop", "stop_tokens"):
         if value is None and key == "stop_tokens":
             return None, ""
@@ -101,7 +113,7 @@ def _typed(key: str, value: Any) -> tuple[Any, str]:
         if isinstance(value, (list, tuple)) and all(type(each) is inner for each in value):
             return tuple(value), ""
         return value, wanted
-    if key in ("max_new_tokens", "top_k", "seed", "samples"):
+    if key in ("max_new_tokens", "top_k", "seed", "samples", "num_beams", "beam_groups"):
         return value, "" if type(value) is int else "a whole number"
     return (float(value), "") if type(value) in (int, float) else (value, "a number")
 
@@ -136,7 +148,7 @@ class Request:
     """One prompt, as text or tokens, with its own settings."""
 
     prompt: str | Sequence[int]
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: Settings = field(default_factory=SamplingConfig)
     seed: int | None = None
     """A row's draws depend on this, the sample's number and the token's place; None = `sampling.seed`."""
 
@@ -174,3 +186,5 @@ class Completion:
     """nats, under the distribution each token was drawn from; 0 for greedy."""
     model_log_probs: tuple[float, ...] | None = None
     """nats, under the model's own distribution (no penalty, temperature 1, all tokens)."""
+    score: float | None = None
+    """Of beam search: the sum of the model's log-probabilities over (number of tokens) ** length_penalty."""

@@ -8,10 +8,11 @@ import torch
 
 from models.decoder import Decoder
 from models.generation.cache import Cache
-from models.generation.config import Completion, GeneratorConfig, Request, SamplingConfig, Step, told
+from models.generation.config import Completion, GeneratorConfig, Request, SamplingConfig, Settings, Step, told
 from models.generation.forward import decode, prefill
 from models.generation.rows import Group, Row, made_groups
 from models.generation.sampling import choose
+from models.generation.search import search_steps
 from models.generation.text import Tokenizer
 
 Prompts = Sequence[str | Sequence[int] | Request]
@@ -47,15 +48,16 @@ class Generator:
             stop_tokens = () if end is None else (end,)
         self.stop_tokens = tuple(stop_tokens)
 
-    def generate(self, prompts: Prompts, sampling: SamplingConfig | None = None) -> list[Completion]:
+    def generate(self, prompts: Prompts, sampling: Settings | None = None) -> list[Completion]:
         """All texts, in the order of the prompts, samples of one prompt after another.
 
         Args:
             prompts: texts, lists of tokens, or requests with their own settings and seeds.
-            sampling: settings of the prompts that are no requests; None = greedy.
+            sampling: settings of the prompts that are no requests, for sampling or one of the searches; None = greedy.
 
         Returns:
-            A completion for each sample. A prompt that cannot be run (empty, too long) has one with finish="error".
+            A completion for each sample, the best first in beam search. A prompt that cannot be run (empty, too long)
+            has one with finish="error".
 
         Raises:
             ValueError: impossible settings, or texts without a tokenizer.
@@ -65,10 +67,11 @@ class Generator:
         self._run(deque(sorted(groups, key=lambda group: -group.reserve)))
         return [row.completion(self.tokenizer) for group in groups for row in group.rows]
 
-    def stream_generate(self, prompts: Prompts, sampling: SamplingConfig | None = None) -> Iterator[Step]:
+    def stream_generate(self, prompts: Prompts, sampling: Settings | None = None) -> Iterator[Step]:
         """The same, token by token as they come: one step a token, rows of all prompts mixed, each in its order.
 
-        The texts of a row's steps joined are its completion's text. Arguments and errors as in `generate`.
+        The texts of a row's steps joined are its completion's text. Beam search has its texts at the end: then their
+        tokens come. Arguments and errors as in `generate`.
         """
         groups = self._groups(prompts, sampling)
         if self.tokenizer is not None:
@@ -76,12 +79,12 @@ class Generator:
                 row.follow(self.tokenizer)
         return self._steps(deque(groups))
 
-    def _groups(self, prompts: Prompts, sampling: SamplingConfig | None) -> list[Group]:
+    def _groups(self, prompts: Prompts, sampling: Settings | None) -> list[Group]:
         requests = [
             each if isinstance(each, Request) else _request(each, sampling or SamplingConfig(), index)
             for index, each in enumerate(prompts)
         ]
-        return made_groups(requests, self.model.cfg, self.tokenizer, self.stop_tokens, self.config.max_cached_tokens)
+        return made_groups(requests, self.model.cfg, self.tokenizer, self.stop_tokens, self.config)
 
     def _run(self, waiting: deque[Group]) -> None:
         for _ in self._steps(waiting):
@@ -91,14 +94,17 @@ class Generator:
         for group in waiting:
             if group.error:
                 yield Step(group.index, 0, None, "", "error", group.error)
-        batch = _Batch(self.model, self.config, deque(group for group in waiting if not group.error))
+        drawn = deque(group for group in waiting if not group.error and group.search is None)
+        batch = _Batch(self.model, self.config, drawn)
         while batch.waiting or batch.rows:
             yield from batch.admit()
             yield from batch.step()
+        searched = [group for group in waiting if not group.error and group.search is not None]
+        yield from search_steps(self.model, self.config, self.tokenizer, searched)
 
 
-def _request(prompt: str | Sequence[int], sampling: SamplingConfig, index: int) -> Request:
-    return Request(prompt, sampling, sampling.seed + index)
+def _request(prompt: str | Sequence[int], sampling: Settings, index: int) -> Request:
+    return Request(prompt, sampling, sampling.seed + index if isinstance(sampling, SamplingConfig) else None)
 
 
 class _Batch:

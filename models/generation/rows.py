@@ -7,8 +7,9 @@ import torch
 
 from models.config import ModelConfig
 from models.generation.cache import Prefix
-from models.generation.config import Completion, Finish, Request, SamplingConfig, Step, told
+from models.generation.config import Completion, Finish, GeneratorConfig, Request, SamplingConfig, Settings, Step, told
 from models.generation.sampling import Source
+from models.generation.search_config import BeamConfig, ContrastiveConfig
 from models.generation.text import TextStream, Tokenizer, decoded
 
 
@@ -16,8 +17,8 @@ class Row:
     """One text that grows."""
 
     def __init__(self, index: int, sample: int, prompt: Sequence[int], request: Request, limit: int) -> None:
-        self.index, self.sample, self.prompt, self.sampling = index, sample, prompt, request.sampling
-        self.choosing = replace(request.sampling, seed=0, samples=1, max_new_tokens=1, stop_tokens=None, stop=())
+        self.index, self.sample, self.prompt, self.sampling = index, sample, prompt, _drawing(request.sampling)
+        self.choosing = replace(self.sampling, seed=0, samples=1, max_new_tokens=1, stop_tokens=None, stop=())
         """The settings that decide how a token is chosen."""
         self.limit = limit
         """Most new tokens: what was asked for, or what the context has room for."""
@@ -26,10 +27,11 @@ class Row:
         self.tokens: list[int] = []
         self.finish: Finish | None = None
         self.error = ""
+        self.score: float | None = None
         self.stop_tokens: tuple[int, ...] = ()
         self._text: TextStream | None = None
         self._log_probs: list[tuple[float, float]] = []
-        seed = request.sampling.seed if request.seed is None else request.seed
+        seed = self.sampling.seed if request.seed is None else request.seed
         self.source = Source(seed, sample, prompt, self.tokens)
 
     @property
@@ -76,7 +78,7 @@ class Row:
         if self.sampling.log_probs and self.finish != "error":
             log_probs, model = (tuple(part) for part in zip(*self._log_probs, strict=True))
         made = (tuple(self.prompt), tuple(self.tokens), text, self.finish, self.error)
-        return Completion(self.index, self.sample, *made, log_probs, model)
+        return Completion(self.index, self.sample, *made, log_probs, model, self.score)
 
 
 @dataclass
@@ -90,6 +92,8 @@ class Group:
     begun: int = 0
     prefix: Prefix | None = None
     logits_V: torch.Tensor | None = field(default=None, repr=False)
+    search: BeamConfig | ContrastiveConfig | None = None
+    """How its tokens are searched for; None = they are drawn."""
 
     @property
     def reserve(self) -> int:
@@ -102,14 +106,14 @@ def made_groups(
     cfg: ModelConfig,
     tokenizer: Tokenizer | None,
     stop_tokens: tuple[int, ...],
-    max_cached_tokens: int,
+    config: GeneratorConfig,
 ) -> list[Group]:
     """The rows of every request; one that cannot be run has a single row that has ended, with the reason.
 
     Raises:
         ValueError: settings that cannot be, or text without a tokenizer.
     """
-    _check({request.sampling for request in requests}, requests, tokenizer)
+    _check({request.sampling for request in requests}, requests, tokenizer, config.max_rows, cfg.vocab_size)
     groups = []
     for index, request in enumerate(requests):
         prompt = request.prompt
@@ -119,7 +123,8 @@ def made_groups(
         prompt = [int(token) for token in prompt]
         sampling = request.sampling
         limit = min(sampling.max_new_tokens, cfg.max_seq_len - len(prompt))
-        error = _error(prompt, limit, cfg, max_cached_tokens)
+        search = None if isinstance(sampling, SamplingConfig) else sampling
+        error = _error(prompt, limit, cfg, config.max_cached_tokens, search.width if search else 1)
         rows = [Row(index, sample, prompt, request, limit) for sample in range(1 if error else sampling.samples)]
         for row in rows:
             row.stop_tokens = stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
@@ -127,11 +132,19 @@ def made_groups(
                 row.follow(tokenizer)
             if error:
                 row.finish, row.error = "error", error
-        groups.append(Group(index, prompt, rows, error))
+        groups.append(Group(index, prompt, rows, error, search=search))
     return groups
 
 
-def _error(prompt: Sequence[int], limit: int, cfg: ModelConfig, max_cached_tokens: int) -> str:
+def _drawing(settings: Settings) -> SamplingConfig:
+    """What a row knows of its settings; of a search it only follows what that found."""
+    if isinstance(settings, SamplingConfig):
+        return settings
+    ends = {"stop_tokens": settings.stop_tokens, "stop": settings.stop, "log_probs": settings.log_probs}
+    return SamplingConfig(settings.max_new_tokens, samples=settings.samples, **ends)
+
+
+def _error(prompt: Sequence[int], limit: int, cfg: ModelConfig, max_cached_tokens: int, width: int) -> str:
     """Why a prompt cannot be run; empty if it can."""
     if not prompt:
         return "the prompt is empty; give at least one token"
@@ -141,16 +154,25 @@ def _error(prompt: Sequence[int], limit: int, cfg: ModelConfig, max_cached_token
         bad = next(token for token in prompt if not 0 <= token < cfg.vocab_size)
         known = f"0 to {cfg.vocab_size - 1}"
         return f"the prompt has token {bad} and the model knows {known}; is the tokenizer another model's?"
-    if len(prompt) + limit > max_cached_tokens:
+    if width * (len(prompt) + limit) > max_cached_tokens:
+        times = f" {width} times" if width > 1 else ""
         return (
-            f"{len(prompt)} tokens of prompt and up to {limit} new ones do not fit max_cached_tokens="
+            f"{len(prompt)} tokens of prompt and up to {limit} new ones do not fit{times} max_cached_tokens="
             f"{max_cached_tokens}; raise it, or shorten the prompt or max_new_tokens"
         )
     return ""
 
 
-def _check(settings: set[SamplingConfig], requests: Sequence[Request], tokenizer: Tokenizer | None) -> None:
+def _check(
+    settings: set[Settings], requests: Sequence[Request], tokenizer: Tokenizer | None, max_rows: int, vocab: int
+) -> None:
     lines = sorted({line for setting in settings for line in told(setting.problems())})
+    searches = {(each.width_key, each.width) for each in settings if not isinstance(each, SamplingConfig)}
+    for key, width in sorted(searches):
+        if width > max_rows:
+            lines.append(f"{key}={width}: takes more rows than max_rows={max_rows}; raise that, or take fewer")
+        if width > vocab:
+            lines.append(f"{key}={width}: the model knows {vocab} tokens; take fewer")
     if tokenizer is None and any(isinstance(request.prompt, str) for request in requests):
         lines.append("prompts are text and there is no tokenizer; give one, or prompts as lists of tokens")
     if tokenizer is None and any(setting.stop for setting in settings):

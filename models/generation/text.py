@@ -1,6 +1,7 @@
 """Text of a row while it grows: whole characters only, and an end at the first stop string."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Protocol
 
 _HALF = "\ufffd"
@@ -38,6 +39,12 @@ class TextStream:
         self.stopped = False
         self._tokens: list[int] = []
         self._from = self._until = self._given = 0
+
+    def fork(self) -> "TextStream":
+        """A stream of its own that goes on from here."""
+        other = copy(self)
+        other._tokens = list(self._tokens)
+        return other
 
     def push(self, token: int) -> None:
         """Take the next token; `text` and `stopped` then tell of it."""
