@@ -4,7 +4,8 @@ On a CPU, torch's fp32 `mm` goes to MKL, which uses half the vector width on pro
 shipped with torch as well, was measured at 165-190 GFLOP/s a thread where `mm` had 73-88 (1024 x 256 x 1408, Zen 5).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +41,49 @@ def product_nt_plus(
     if times is None:
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(a, times, b, bias, "mul")
+
+
+@contextmanager
+def packed_weights(weights: Iterable[torch.Tensor], rows: int) -> Iterator[None]:
+    """While it lasts, `linear` without gradients uses copies of these weights in the order in which oneDNN reads them.
+
+    Weights as they lie are put into that order anew by every product: with few rows that takes longer than the product
+    itself. The copies take as much memory as the weights. A weight that is changed meanwhile is used as it lies; so are
+    those of another device or dtype, and all under autocast to half precision.
+
+    Args:
+        rows: what the copies are made for; products of other numbers of rows work too.
+    """
+    mine = [weight for weight in dict.fromkeys(weights) if _can_be_packed(weight) and _packed(weight) is None]
+    try:
+        for weight in mine:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            vars(weight)["packed"] = (weight._version, packed)
+        yield
+    finally:
+        for weight in mine:
+            vars(weight).pop("packed", None)
+
+
+def _can_be_packed(weight: torch.Tensor) -> bool:
+    fits = weight.dtype is torch.float32 and compute_dtype(weight) is torch.float32
+    return _ONEDNN and fits and weight.device.type == "cpu" and min(weight.shape) >= _SMALL
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor | None:
+    version, packed = vars(weight).get("packed", (None, None))
+    return packed if version == weight._version else None
+
+
+def packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """`linear` through the packed copy; None where there is none, or gradients are wanted."""
+    if torch.is_grad_enabled() or (packed := _packed(weight)) is None or compute_dtype(x) is not torch.float32:
+        return None
+    if residual is None:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -137,4 +181,5 @@ def linear(
 
     `again` replaces the kept input: the backward makes it from tensors that live anyway (selective recompute).
     """
-    return _Linear.apply(x, weight, bias, residual, again)
+    out = packed_linear(x, weight, bias, residual)
+    return _Linear.apply(x, weight, bias, residual, again) if out is None else out

@@ -7,7 +7,7 @@ import torch
 
 from parallel.collectives import Pending, start_all_reduce, start_gather_rows, start_scatter_rows
 from parallel.later import put_off, weight_gradient_now_or_later
-from parallel.matmul import Again, compute_dtype, linear, product_nt, weight_gradient
+from parallel.matmul import Again, compute_dtype, linear, packed_linear, product_nt, weight_gradient
 from parallel.sharding import Place
 
 
@@ -84,4 +84,5 @@ def column_linear(
     """
     if place.tp.size == 1:
         return linear(x, weight, bias, again=again)
-    return _ColumnLinear.apply(x, weight, bias, again, place)
+    out = None if place.splits_rows else packed_linear(x, weight, bias)
+    return _ColumnLinear.apply(x, weight, bias, again, place) if out is None else out

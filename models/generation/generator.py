@@ -10,6 +10,7 @@ from models.decoder import Decoder
 from models.generation.cache import Cache
 from models.generation.config import Completion, GeneratorConfig, Request, SamplingConfig, Settings, Step, told
 from models.generation.forward import decode, prefill
+from models.generation.packing import packed_decoder
 from models.generation.rows import Group, Row, made_groups
 from models.generation.sampling import choose
 from models.generation.search import search_steps
@@ -22,7 +23,8 @@ class Generator:
     """Texts from a model that lies whole on one device, in the dtype of its weights (or autocast's around the call).
 
     Args:
-        model: a language model in one piece; its weights are read at every call, never copied.
+        model: a language model in one piece; its weights are read at every call. On a CPU a packed copy of them lives as
+            long as the call.
         tokenizer: for prompts and texts as strings; without it there are tokens only.
         config: how much is worked on at once.
         stop_tokens: what ends a row whose settings name none; None = the tokenizer's end of text.
@@ -95,12 +97,14 @@ class Generator:
             if group.error:
                 yield Step(group.index, 0, None, "", "error", group.error)
         drawn = deque(group for group in waiting if not group.error and group.search is None)
-        batch = _Batch(self.model, self.config, drawn)
-        while batch.waiting or batch.rows:
-            yield from batch.admit()
-            yield from batch.step()
         searched = [group for group in waiting if not group.error and group.search is not None]
-        yield from search_steps(self.model, self.config, self.tokenizer, searched)
+        steps = max((group.rows[0].limit for group in (*drawn, *searched)), default=0)
+        with packed_decoder(self.model, steps):
+            batch = _Batch(self.model, self.config, drawn)
+            while batch.waiting or batch.rows:
+                yield from batch.admit()
+                yield from batch.step()
+            yield from search_steps(self.model, self.config, self.tokenizer, searched)
 
 
 def _request(prompt: str | Sequence[int], sampling: Settings, index: int) -> Request:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from parallel import matmul
-from parallel.matmul import Again, linear, product_nt, product_nt_fp32, product_nt_plus
+from parallel.matmul import Again, linear, packed_weights, product_nt, product_nt_fp32, product_nt_plus
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn", "gaps", "thin"])
@@ -107,3 +107,54 @@ def test_frozen_weight_gets_no_gradient() -> None:
     x, w = torch.randn(6, 8, requires_grad=True), torch.randn(4, 8)
     linear(x, w).sum().backward()
     assert x.grad is not None and w.grad is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_packed_weights_give_the_same_product(bias: bool, residual: bool) -> None:
+    """Of any number of rows, for rows with gaps between them too; the residual stays as it is."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 24, generator=draw)
+    added = torch.randn(40, generator=draw) if bias else None
+    with torch.no_grad(), packed_weights([weight], 64):
+        assert matmul.packed_linear(torch.zeros(1, 24), weight) is not None
+        for rows in (1, 3, 64, 100):
+            x = torch.randn(rows, 48, generator=draw)[:, ::2][:, :24]
+            base = torch.randn(rows, 40, generator=draw) if residual else None
+            kept = None if base is None else base.clone()
+            want = F.linear(x.double(), weight.double(), None if added is None else added.double())
+            want = want if base is None else want + base
+            torch.testing.assert_close(linear(x, weight, added, base).double(), want, rtol=0, atol=1e-5)
+            assert base is None or kept is None or torch.equal(base, kept)
+
+
+def test_packed_weights_are_never_stale() -> None:
+    """One that is changed is used as it lies, gradients never take the copy, and at the end there is none."""
+    weight, x = torch.nn.Parameter(torch.ones(8, 8)), torch.ones(2, 8)
+    twin = weight.data.clone()
+    with packed_weights([weight, twin, weight], 64):
+        linear(x, weight).sum().backward()
+        assert weight.grad is not None and torch.equal(weight.grad, torch.full((8, 8), 2.0))
+        with torch.no_grad():
+            assert torch.equal(linear(x, weight), torch.full((2, 8), 8.0))
+            with packed_weights([weight], 64):
+                pass
+            assert matmul.packed_linear(x, weight) is not None  # the inner one leaves what the outer one made
+            weight.mul_(3)
+            assert torch.equal(linear(x, weight), torch.full((2, 8), 24.0))
+            assert matmul.packed_linear(x, weight) is None and matmul.packed_linear(x, twin) is not None
+            with torch.autocast("cpu", torch.bfloat16):
+                assert matmul.packed_linear(x, twin) is None
+                assert linear(x, twin).dtype is torch.bfloat16
+    with torch.no_grad():
+        assert matmul.packed_linear(x, twin) is None and "packed" not in vars(weight)
+
+
+def test_what_cannot_be_packed_is_used_as_it_lies() -> None:
+    thin, half = torch.ones(2, 8), torch.ones(8, 8, dtype=torch.bfloat16)
+    with torch.no_grad(), packed_weights([thin, half], 64):
+        for weight in (thin, half):
+            assert matmul.packed_linear(torch.ones(3, 8, dtype=weight.dtype), weight) is None
+            assert torch.equal(
+                linear(torch.ones(3, 8, dtype=weight.dtype), weight).float(), torch.full((3, len(weight)), 8.0)
+            )
