@@ -23,8 +23,8 @@ class Generator:
     """Texts from a model that lies whole on one device, in the dtype of its weights (or autocast's around the call).
 
     Args:
-        model: a language model in one piece; its weights are read at every call. On a CPU a packed copy of them lives as
-            long as the call.
+        model: a language model in one piece; its weights are read at every call. On a CPU a packed copy of them lives
+            as long as the call.
         tokenizer: for prompts and texts as strings; without it there are tokens only.
         config: how much is worked on at once.
         stop_tokens: what ends a row whose settings name none; None = the tokenizer's end of text.
