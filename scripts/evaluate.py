@@ -1,7 +1,8 @@
-"""Measure a model: losses by channel on text and conversations, and answers to multiple-choice questions.
+"""Measure a model: losses by channel, answers to multiple-choice questions, and tasks it answers in its own words.
 
     python scripts/evaluate.py --model MODEL --data book.txt --channel fiction --data chats.jsonl --channel chat
     python scripts/evaluate.py --model MODEL --questions quiz.jsonl --chat --out results.json
+    python scripts/evaluate.py --model MODEL --tasks sums.jsonl --chat --set max_new_tokens=256 --details texts.jsonl
     python scripts/evaluate.py --run runs/quickstart                 the held-out part of a run's data, its own weights
     python scripts/evaluate.py --run runs/quickstart --model MODEL   another model on the same documents
 
@@ -9,8 +10,11 @@ MODEL is a Hugging Face folder, a Megatron checkpoint of any layout, or a run of
 reads; of conversations and completions the answers count, of plain text everything (--loss-on says otherwise). A row of
 --questions is {"question": "...", "choices": ["...", "..."], "answer": INDEX, LETTER or TEXT} and may name a "channel";
 the answer is the choice with the highest log-likelihood behind the question, also taken per token and per byte.
---channel names the channel of the --data or --questions before it; --format text reads any file as one text. Rows that
-cannot be used are counted, named and passed over. Exit code 0: measured; 2: a mistake in what was given.
+A row of --tasks is {"prompt": "..." or "messages": [...], "answer": TEXT, NUMBER or a list of them, "regex": ...}: the
+model writes a text, which is right if it equals an answer; with a regex, if what its first group finds equals one; with
+a regex alone, if it matches. --normalise says what is made alike before: case, whitespace, punctuation, numbers.
+--channel names the channel of the file before it; --format text reads any file as one text. Rows that cannot be used
+are counted, named and passed over. Exit code 0: measured; 2: a mistake in what was given.
 """
 
 from __future__ import annotations
@@ -20,9 +24,9 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,87 +38,24 @@ from convert.opened import Opened
 from convert.opening import open_weights
 from data.chat import template_renderer
 from data.config import SourceConfig
-from data.formats import FORMATS
 from data.tokenizer import load_tokenizer
+from models.generation import Generator, GeneratorConfig, sampling_config
+from models.generation.config import Settings
+from scripts.evaluate_options import SEQ_LEN, arguments
 from trainer.config import RunConfig
 from trainer.door import load
-from trainer.evaluation import choices, perplexity, questions, report
+from trainer.evaluation import choices, completions, perplexity, questions, report, rows, tasks
 from trainer.evaluation.perplexity import Corpus
-from trainer.evaluation.questions import QuestionFile
 from trainer.evaluation.report import BadRows
-from trainer.evaluation.scorer import DTYPES, Scorer, load_scorer
+from trainer.evaluation.rows import RowFile
+from trainer.evaluation.scorer import Scorer, load_scorer
 from trainer.evaluation.tokens import tokenizer_folder
 from trainer.failure import told_clearly
+from trainer.inference.loading import open_text_model
+from trainer.inference.settings import device_of, settings_of
 
-SEQ_LEN = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """A file to measure on, and what was said of it."""
-
-    kind: str
-    path: str
-    channel: str | None = None
-    format: str | None = None
-
-
-class Given(argparse.Action):
-    """Keeps --data and --questions in order; --channel and --format tell of the one before them."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        name, inputs = (option or "").removeprefix("--"), namespace.inputs
-        if name in ("data", "questions"):
-            namespace.inputs = [*inputs, Input(name, values)]
-        elif not inputs or getattr(inputs[-1], name) is not None or (name == "format" and inputs[-1].kind != "data"):
-            parser.error(f"--{name} {values}: stands behind the {'--data' if name == 'format' else 'file'} it tells of")
-        else:
-            namespace.inputs = [*inputs[:-1], dataclasses.replace(inputs[-1], **{name: values})]
-
-
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.set_defaults(inputs=[])
-    parser.add_argument("--model", help="what to measure (default: the weights of --run)")
-    parser.add_argument("--run", type=Path, help="a run's folder: the held-out part of its data is measured")
-    for option, metavar, what in (
-        ("--data", "FILE", "text, conversations or completions: file, folder or glob; may be given several times"),
-        ("--questions", "FILE", "multiple-choice questions: .jsonl, .json or .parquet; may be given several times"),
-        ("--channel", "NAME", "channel of the file named before it (default: the file's stem)"),
-        ("--format", "FORMAT", f"format of the --data before it: {', '.join(FORMATS)} (default: from its fields)"),
-    ):
-        parser.add_argument(option, action=Given, dest="inputs", metavar=metavar, help=what)
-    parser.add_argument("--tokenizer", help="folder of the tokenizer, where it does not lie with the model")
-    parser.add_argument("--chat", action="store_true", help="write questions down by the chat template")
-    parser.add_argument("--chat-template", help="file of a chat template to use instead of the tokenizer's own")
-    parser.add_argument("--separator", default=" ", help="between question and choice without --chat (a space)")
-    parser.add_argument("--loss-on", choices=("assistant", "all"), help="which tokens of --data count")
-    parser.add_argument(
-        "--seq-len",
-        type=_positive,
-        help=f"--data is cut into pieces of so many tokens (the context, at most {SEQ_LEN})",
-    )
-    parser.add_argument("--batch-tokens", type=_positive, default=8192, help="tokens of a forward pass (%(default)s)")
-    parser.add_argument("--precision", choices=DTYPES, help="default: as the run was trained, else fp32")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--cache-dir", default=".cache/tokens", help="where tokens of --data are kept (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--details", type=Path, help="write every question's scores as JSONL")
-    args = parser.parse_args(argv)
-    if args.model is None and args.run is None:
-        parser.error("name a model with --model, or a run with --run")
-    if args.run is None and not args.inputs:
-        parser.error("nothing to measure: give --data, --questions or --run")
-    return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+Detail = Callable[[dict[str, Any]], None]
+"""Takes a row of --details."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -123,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ValueError: something given cannot be used.
     """
-    args = arguments(argv)
+    args = arguments(argv, __doc__)
     for path, option in ((args.out, "--out"), (args.details, "--details")):
         if path is not None:
             report.check_writable(path, option)
@@ -134,48 +75,48 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    for source in _question_files(args):
-        questions.check(source)
+    for source in (*_row_files(args, "questions"), *_row_files(args, "tasks")):
+        rows.check(source)
+    sampling = _sampling(args)
     run = _run_config(args.run) if args.run else None
     opened = open_weights(args.model or args.run)
     precision = args.precision or (run.engine.precision if run else "fp32")
     theirs = run.data.tokenizer if run and run.data.tokenizer and Path(run.data.tokenizer).is_dir() else None
     folder = tokenizer_folder(args.tokenizer or theirs, opened)
-    device = _device(args.device)
+    device = device_of(args.device)
     corpora = _corpora(args, run, opened, folder)
     scorer = load_scorer(opened, device, precision)
     print(f"{opened.path}: {scorer.model.cfg.family}, {precision} on {scorer.device}; tokenizer {folder}", flush=True)
     bad = BadRows()
     try:
         losses = perplexity.evaluate(scorer, corpora, args.batch_tokens) if corpora else []
-        answers = _answers(args, scorer, opened, folder, bad)
+        with contextlib.ExitStack() as stack:
+            details = stack.enter_context(args.details.open("w", encoding="utf-8")) if args.details else None
+
+            def detail(row: dict[str, Any]) -> None:
+                if details is not None:
+                    details.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+            answers = _answers(args, scorer, opened, folder, bad, detail)
+            attempts = _attempts(args, scorer, opened, folder, sampling, bad, detail)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{scorer.device} has too little memory: give a smaller --batch-tokens ({error})") from error
     for corpus in corpora:
         for row in corpus.bad():
             bad.add(row)
-    _tell(args, losses, answers, corpora, bad)
+    _tell(args, losses, answers, attempts, corpora, bad)
     if args.out is not None:
         about = {"model": str(opened.path), "tokenizer": folder, "precision": precision, "device": str(scorer.device)}
         about |= {"run": args.run and str(args.run), "chat": args.chat, "command": list(argv)}
-        report.write_json(args.out, report.to_dict(about, losses, answers, bad))
+        if attempts:
+            about |= {"sampling": dataclasses.asdict(sampling), "judging": dataclasses.asdict(_judging(args))}
+        report.write_json(args.out, report.to_dict(about, losses, answers, attempts, bad))
         print(f"wrote {args.out}")
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: must be cpu, cuda or cuda:N")
-    return device
-
-
-def _tell(args: argparse.Namespace, losses: Any, answers: Any, corpora: Sequence[Corpus], bad: BadRows) -> None:
+def _tell(
+    args: argparse.Namespace, losses: Any, answers: Any, attempts: Any, corpora: Sequence[Corpus], bad: BadRows
+) -> None:
     if losses:
         longest = max(corpus.seq_len for corpus in corpora)
         print(f"\nLosses over supervised tokens, documents of at most {longest} tokens, ± one standard error")
@@ -184,6 +125,11 @@ def _tell(args: argparse.Namespace, losses: Any, answers: Any, corpora: Sequence
         how = "by the chat template" if args.chat else "as plain text"
         print(f"\nMultiple choice {how}: the most likely choice, likeliest per token, per byte; ± one standard error")
         print(report.accuracy_table(answers))
+    if attempts:
+        how = "by the chat template" if args.chat else "as they are"
+        alike = ", ".join(_judging(args).rules) or "nothing"
+        print(f"\nTasks, prompts {how}: right answers and their 95% interval; made alike: {alike}")
+        print(report.task_table(attempts))
     if str(bad):
         print(f"\n{bad}")
 
@@ -231,40 +177,81 @@ def _template(args: argparse.Namespace, opened: Opened) -> str | None:
     return args.chat_template or (str(opened.chat_template) if opened.chat_template else None)
 
 
-def _question_files(args: argparse.Namespace) -> list[QuestionFile]:
-    return [QuestionFile(each.path, each.channel) for each in args.inputs if each.kind == "questions"]
+def _row_files(args: argparse.Namespace, kind: str) -> list[RowFile]:
+    return [RowFile(each.path, each.channel, f"--{kind}") for each in args.inputs if each.kind == kind]
+
+
+def _sampling(args: argparse.Namespace) -> Settings:
+    try:
+        return sampling_config(settings_of(args.set or ()))
+    except ValueError as error:
+        raise ValueError(f"--set: {error}") from error
+
+
+def _judging(args: argparse.Namespace) -> completions.Judging:
+    given = {"rules": args.normalise, "take": args.take}
+    return completions.Judging(**{key: value for key, value in given.items() if value is not None})
 
 
 def _answers(
-    args: argparse.Namespace, scorer: Scorer, opened: Opened, folder: str, bad: BadRows
+    args: argparse.Namespace, scorer: Scorer, opened: Opened, folder: str, bad: BadRows, detail: Detail
 ) -> list[choices.ChannelAccuracy]:
-    sources = _question_files(args)
+    sources = _row_files(args, "questions")
     if not sources:
         return []
     tokenizer, template = load_tokenizer(folder), _template(args, opened)
     render = None
     if args.chat:
         if template is None and tokenizer.chat_template is None:
-            raise ValueError(f"the tokenizer in {folder} has no chat template; give --chat-template FILE, or no --chat")
+            raise ValueError(_no_template(folder))
         text = Path(template).read_text(encoding="utf-8") if template else None
         render = template_renderer(tokenizer, text, template or folder)
     encoder = choices.QuestionEncoder(tokenizer, folder, scorer, render, args.separator)
-    tally, rows = choices.Tally(), (row for source in sources for row in questions.read(source))
-    with contextlib.ExitStack() as stack:
-        details = stack.enter_context(args.details.open("w", encoding="utf-8")) if args.details else None
-        for answered in choices.answer(scorer, rows, encoder, args.batch_tokens, bad.add):
-            tally.add(answered)
-            if details is not None:
-                _detail(details, answered)
+    tally, asked = choices.Tally(), (row for source in sources for row in questions.read(source))
+    for answered in choices.answer(scorer, asked, encoder, args.batch_tokens, bad.add):
+        tally.add(answered)
+        detail(dataclasses.asdict(answered.question) | {"scores": answered.scores(), "right": answered.right()})
     results = tally.results()
     if not results:
         raise ValueError(f"there is no question that can be used. {str(bad) or 'The files are empty.'}")
     return results
 
 
-def _detail(stream: TextIO, answered: choices.Answered) -> None:
-    row = dataclasses.asdict(answered.question) | {"scores": answered.scores(), "right": answered.right()}
-    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _attempts(
+    args: argparse.Namespace,
+    scorer: Scorer,
+    opened: Opened,
+    folder: str,
+    sampling: Settings,
+    bad: BadRows,
+    detail: Detail,
+) -> list[completions.ChannelTasks]:
+    sources = _row_files(args, "tasks")
+    if not sources:
+        return []
+    found = open_text_model(opened.path, tokenizer=folder, chat_template=_template(args, opened))
+    if args.chat and found.render is None:
+        raise ValueError(_no_template(folder))
+    usual = GeneratorConfig()
+    config = GeneratorConfig(
+        max_cached_tokens=max(usual.max_cached_tokens, scorer.context), prefill_tokens=args.batch_tokens
+    )
+    generator = Generator(scorer.model, found.tokenizer, config, found.stop_tokens)
+    encoder = completions.TaskEncoder(found.tokenizer, found.render, args.chat)
+    tally, asked = completions.Tally(), (row for source in sources for row in tasks.read(source))
+    with scorer.autocast():
+        for attempted in completions.attempt(generator, asked, encoder, sampling, _judging(args), bad.add):
+            tally.add(attempted)
+            for row in attempted.details():
+                detail(row)
+    results = tally.results()
+    if not results:
+        raise ValueError(f"there is no task that can be used. {str(bad) or 'The files are empty.'}")
+    return results
+
+
+def _no_template(folder: str) -> str:
+    return f"the tokenizer in {folder} has no chat template; give --chat-template FILE, or no --chat"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from data.encode import mask_from_spans
 from data.formats import RowError
 from data.tokenizer import describe
 from trainer.evaluation.questions import Question
+from trainer.evaluation.rows import windows
 from trainer.evaluation.scorer import Scorer
 from trainer.evaluation.tokens import check_ids
 
@@ -145,22 +146,12 @@ def answer(
         batch_tokens: most tokens of a forward pass, but at least one document. Changes no result.
         bad: is told of every row that is passed over.
     """
-    rows = iter(questions)
     with tqdm(unit="question", desc="questions", disable=None) as bar:
-        while window := list(islice(rows, WINDOW)):
-            kept: list[tuple[Question, list[Choice]]] = []
-            for row in window:
-                try:
-                    if isinstance(row, Question):
-                        kept.append((row, encoder.encode(row)))
-                    else:
-                        bad(row)
-                except RowError as error:
-                    bad(BadRow(row.file, row.line, str(error)))
+        for count, kept in windows(questions, encoder.encode, WINDOW, bad):
             sums = _log_likelihoods(scorer, [choices for _, choices in kept], batch_tokens)
             for (question, choices), values in zip(kept, sums, strict=True):
                 yield Answered(question, values, tuple(len(choice.asked_A) for choice in choices))
-            bar.update(len(window))
+            bar.update(count)
 
 
 def _log_likelihoods(scorer: Scorer, asked: list[list[Choice]], batch_tokens: int) -> list[tuple[float, ...]]:

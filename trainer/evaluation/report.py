@@ -12,6 +12,7 @@ from typing import Any
 
 from data.cache_files import BadRow
 from trainer.evaluation.choices import RULES, ChannelAccuracy
+from trainer.evaluation.completions import ChannelTasks
 from trainer.evaluation.perplexity import ChannelLoss
 
 SHOWN, KEPT = 5, 1000
@@ -74,14 +75,36 @@ def accuracy_table(results: Sequence[ChannelAccuracy]) -> str:
     return _table(head, rows)
 
 
+def task_table(results: Sequence[ChannelTasks]) -> str:
+    """Right answers by channel, with a 95 % interval."""
+    head = ("channel", "tasks", "accuracy", "95% interval", "cut off", "no match")
+    rows = [
+        (
+            each.channel,
+            f"{each.tasks:,}",
+            f"{each.accuracy:.4f}",
+            f"{each.low:.4f} to {each.high:.4f}",
+            f"{each.cut:,}",
+            f"{each.unmatched:,}",
+        )
+        for each in results
+    ]
+    return _table(head, rows)
+
+
 def to_dict(
-    about: dict[str, Any], losses: Sequence[ChannelLoss], answers: Sequence[ChannelAccuracy], bad: BadRows
+    about: dict[str, Any],
+    losses: Sequence[ChannelLoss],
+    answers: Sequence[ChannelAccuracy],
+    attempts: Sequence[ChannelTasks],
+    bad: BadRows,
 ) -> dict[str, Any]:
     """Everything for the JSON file."""
     return {
         **about,
         "perplexity": [dataclasses.asdict(each) for each in losses],
         "choices": [dataclasses.asdict(each) for each in answers],
+        "tasks": [dataclasses.asdict(each) for each in attempts],
         "bad_rows": {
             "count": bad.count.total(),
             "by_file": dict(bad.count),

@@ -49,7 +49,7 @@ class Scorer:
     @torch.no_grad()
     def losses(self, batch: MicroBatch) -> torch.Tensor:
         """The loss of each token of a micro-batch as a trainer computes it: fp32 [T] on the CPU, 0 without a target."""
-        with self._autocast():
+        with self.autocast():
             _, loss_T = self.model(
                 batch.tokens_T.to(self.device),
                 batch.positions_T.to(self.device),
@@ -76,13 +76,14 @@ class Scorer:
         tokens_T = torch.from_numpy(np.concatenate(documents)).to(self.device)
         positions_T = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         assert isinstance(self.model.head, LMHead)
-        with self._autocast():
+        with self.autocast():
             hidden_TD = self.model(tokens_T, positions_T, borders)
             asked_SD = hidden_TD[torch.from_numpy(row_S).to(self.device)]
             _, loss_S = self.model.head(asked_SD, torch.from_numpy(target_S).to(self.device))
         return loss_S.cpu()
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The precision, around a forward pass."""
         return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
 
 

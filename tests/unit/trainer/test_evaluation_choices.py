@@ -23,7 +23,8 @@ from tests.convert_cases import tiny
 from tests.unit.data.conftest import TEMPLATE
 from trainer.evaluation import choices, questions
 from trainer.evaluation.choices import Answered, QuestionEncoder, Tally
-from trainer.evaluation.questions import Question, QuestionFile
+from trainer.evaluation.questions import Question
+from trainer.evaluation.rows import RowFile
 from trainer.evaluation.scorer import Scorer, load_scorer
 
 WORDS = ["north", "south", "east", "west and a little north", "up", "n", "the sea", "日本"]
@@ -195,7 +196,7 @@ def test_every_row_is_a_question_or_has_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "quiz.jsonl"
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row, _ in ROWS]
     path.write_bytes(b"\n\n".join(lines))  # blank lines are no rows, but they count
-    found = list(questions.read(QuestionFile(str(path))))
+    found = list(questions.read(RowFile(str(path))))
     assert len(found) == len(ROWS)
     for number, (got, (_, expected)) in enumerate(zip(found, ROWS, strict=True)):
         assert (got.file, got.line) == (str(path), 2 * number + 1)
@@ -204,7 +205,7 @@ def test_every_row_is_a_question_or_has_a_reason(tmp_path: Path) -> None:
         else:
             assert isinstance(got, BadRow) and got.reason.startswith(str(expected)), (got, expected)
     assert [each.channel for each in found[:2] if isinstance(each, Question)] == ["quiz", "colours"]
-    named = next(iter(questions.read(QuestionFile(str(path), "named"))))
+    named = next(iter(questions.read(RowFile(str(path), "named"))))
     assert isinstance(named, Question) and named.channel == "named"
 
 
@@ -212,7 +213,7 @@ def test_lines_are_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("data.readers.BLOCK_BYTES", 100)
     path = tmp_path / "quiz.jsonl"
     path.write_text("".join(json.dumps(GOOD | {"answer": i % 4}) + "\n" for i in range(40)))
-    found = list(questions.read(QuestionFile(str(path))))
+    found = list(questions.read(RowFile(str(path))))
     assert [each.line for each in found] == list(range(1, 41))
     assert [each.line for each in found if isinstance(each, BadRow)] == list(range(4, 41, 4))
 

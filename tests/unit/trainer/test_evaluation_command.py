@@ -24,6 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '{"question": "2+3=", "choices": ["5", "4"], "answer": "A", "channel": "maths"}\n'
         '{"question": "2+3=", "choices": ["5", "4"]}\n'
     )
+    (folder / "tasks.jsonl").write_text(
+        '{"prompt": "2+2=", "regex": "(?s).", "channel": "any"}\n'
+        '{"messages": [{"role": "user", "content": "2+3="}], "answer": "never", "regex": "n[a-z]{20}"}\n'
+        '{"prompt": "2+3=", "answer": 5}\n'
+        '{"prompt": "2+3="}\n'
+    )
     (folder / "book.txt").write_text("A text of some length. " * 20)
     (folder / "notes").write_text("Another one. " * 20)
     (folder / "rows.jsonl").write_bytes(b'{"text": "good"}\n{"text": ""}\n\xff\n')
@@ -59,6 +65,38 @@ def test_all_at_once_as_tables_and_json(folder: Path, capsys: pytest.CaptureFixt
     assert found["choices"][-1]["accuracy"]["per_byte"] == right
 
 
+def test_tasks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, details = folder / "tasks.json", folder / "texts.jsonl"
+    more = [
+        "--tasks",
+        folder / "tasks.jsonl",
+        "--out",
+        out,
+        "--details",
+        details,
+        "--set",
+        "max_new_tokens=5",
+        "seed=2",
+    ]
+    evaluate.main(words(folder, *more))
+    found, shown = json.loads(out.read_text()), capsys.readouterr().out
+    rows = [json.loads(line) for line in details.read_text().splitlines()]
+    assert [(row["line"], row["right"]) for row in rows] == [(1, True), (2, False), (3, False)]
+    assert rows[1]["extracted"] is None and rows[0]["extracted"] == rows[0]["completion"][0]
+    assert [(each["channel"], each["tasks"], each["accuracy"]) for each in found["tasks"]] == [
+        ("any", 1, 1.0),
+        ("tasks", 2, 0.0),
+        ("all", 3, pytest.approx(1 / 3)),
+    ]
+    assert found["sampling"]["max_new_tokens"] == 5
+    assert found["judging"] == {"rules": ["whitespace"], "take": "first"}
+    assert "tasks.jsonl:4: there is neither answer nor regex" in shown and "0.0615 to 0.7923" in shown
+    (folder / "again.jsonl").write_text(json.dumps({"prompt": "2+3=", "answer": rows[2]["completion"].swapcase()}))
+    more[1] = folder / "again.jsonl"
+    evaluate.main(words(folder, *more, "--normalise", "case,whitespace"))
+    assert json.loads(out.read_text())["tasks"][0]["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -74,6 +112,10 @@ def test_all_at_once_as_tables_and_json(folder: Path, capsys: pytest.CaptureFixt
         (["--questions", "{}/quiz.jsonl", "--out", "{}/no/folder.json"], "--out .*: there is no folder"),
         (["--questions", "{}/quiz.jsonl", "--details", "{}"], "--details .* is a folder"),
         (["--questions", "{}/quiz.jsonl", "--device", "abacus"], "--device abacus cannot be used"),
+        (["--tasks", "{}/nothing.jsonl"], "--tasks .*nothing.jsonl: there is no such file"),
+        (["--tasks", "{}/quiz.jsonl"], "no task that can be used. passed over 3 bad row"),
+        (["--tasks", "{}/tasks.jsonl", "--set", "heat=1"], "--set: .*\n.*heat: there is no such setting"),
+        (["--tasks", "{}/tasks.jsonl", "--set", "heat"], "--set: 'heat' is no setting"),
         (["--run", "{}"], "no run's folder: it has no config.yaml"),
     ],
 )
@@ -94,7 +136,16 @@ def test_a_full_disk_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--channel", "x"], ["--questions", "q", "--format", "text"], ["--batch-tokens", "0"]]
+    "more",
+    [
+        [],
+        ["--channel", "x"],
+        ["--questions", "q", "--format", "text"],
+        ["--batch-tokens", "0"],
+        ["--questions", "q", "--set", "seed=1"],
+        ["--questions", "q", "--take", "last"],
+        ["--tasks", "t", "--normalise", "case,size"],
+    ],
 )
 def test_words_that_make_no_sense(folder: Path, more: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
