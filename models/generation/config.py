@@ -133,6 +133,8 @@ class GeneratorConfig:
     """Places for tokens in the cache. A row is let in when its prompt and all its new tokens will have room."""
     prefill_tokens: int = 2048
     """Tokens of prompts that are run together; a longer prompt runs alone."""
+    draft_tokens: int = 4
+    """With a draft model: how many tokens it proposes a turn."""
 
     def problems(self) -> list[Problem]:
         """Every value that cannot be, as (key, value, reason, way out)."""

@@ -14,6 +14,7 @@ from models.generation.packing import packed_decoder
 from models.generation.rows import Group, Row, made_groups
 from models.generation.sampling import choose
 from models.generation.search import search_steps
+from models.generation.speculative import DraftStats, Speculation, check_draft
 from models.generation.text import Tokenizer
 
 Prompts = Sequence[str | Sequence[int] | Request]
@@ -28,9 +29,12 @@ class Generator:
         tokenizer: for prompts and texts as strings; without it there are tokens only.
         config: how much is worked on at once.
         stop_tokens: what ends a row whose settings name none; None = the tokenizer's end of text.
+        draft: a small model of the same vocabulary that runs ahead, so that `model` gives several tokens a forward
+            (speculative decoding). Changes nothing of what a text is drawn from; `draft_stats` says what it was worth.
+            Searches and rows for which nothing can be proposed go on without it.
 
     Raises:
-        ValueError: impossible values in `config`.
+        ValueError: impossible values in `config`, a draft that does not fit.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         config: GeneratorConfig | None = None,
         stop_tokens: Sequence[int] | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config or GeneratorConfig()
         if problems := told(self.config.problems()):
@@ -49,6 +54,9 @@ class Generator:
             end = None if tokenizer is None else tokenizer.eos_token_id
             stop_tokens = () if end is None else (end,)
         self.stop_tokens = tuple(stop_tokens)
+        self.draft, self.draft_stats = draft, DraftStats()
+        if draft is not None:
+            check_draft(model, draft)
 
     def generate(self, prompts: Prompts, sampling: Settings | None = None) -> list[Completion]:
         """All texts, in the order of the prompts, samples of one prompt after another.
@@ -99,8 +107,11 @@ class Generator:
         drawn = deque(group for group in waiting if not group.error and group.search is None)
         searched = [group for group in waiting if not group.error and group.search is not None]
         steps = max((group.rows[0].limit for group in (*drawn, *searched)), default=0)
-        with packed_decoder(self.model, steps):
-            batch = _Batch(self.model, self.config, drawn)
+        speculation = None
+        if self.draft is not None:
+            speculation = Speculation(self.model, self.draft, self.config, self.draft_stats)
+        with packed_decoder(self.model, steps), packed_decoder(self.draft or self.model, steps):
+            batch = _Batch(self.model, self.config, drawn, speculation)
             while batch.waiting or batch.rows:
                 yield from batch.admit()
                 yield from batch.step()
@@ -114,8 +125,10 @@ def _request(prompt: str | Sequence[int], sampling: Settings, index: int) -> Req
 class _Batch:
     """The live rows and their cache. Row i has slot i; between two steps ended rows may still stand there."""
 
-    def __init__(self, model: Decoder, config: GeneratorConfig, waiting: deque[Group]) -> None:
-        self.model, self.config, self.waiting = model, config, waiting
+    def __init__(
+        self, model: Decoder, config: GeneratorConfig, waiting: deque[Group], speculation: Speculation | None
+    ) -> None:
+        self.model, self.config, self.waiting, self.speculation = model, config, waiting, speculation
         self.rows: list[Row] = []
         self.cache = Cache(model, config.max_cached_tokens)
 
@@ -128,8 +141,11 @@ class _Batch:
         self._place([], [slot for slot, row in enumerate(self.rows) if row.finish is not None])
 
     def step(self) -> Iterator[Step]:
-        """One more token for every row."""
+        """One more token for every row, or with a draft at least one."""
         if not self.rows:
+            return
+        if self.speculation is not None:
+            yield from self.speculation.turn(self.rows, self.cache, _chosen)
             return
         self.cache.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
         last = [row.tokens[-1] for row in self.rows]

@@ -1,0 +1,162 @@
+"""A small model that runs ahead: what it thinks comes next in each row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from models.decoder import Decoder
+from models.generation.cache import Cache
+from models.generation.config import GeneratorConfig
+from models.generation.extend import Tail, commit, extend
+from models.generation.forward import prefill
+from models.generation.rows import Row
+from models.generation.sampling import drawn, shaped
+
+
+@dataclass
+class Proposal:
+    """Tokens for one row, and for a row that is not greedy the distributions [V] they were drawn from."""
+
+    tokens: list[int]
+    probs: list[torch.Tensor]
+    own: list[float]
+    """Each token's probability among its `probs`."""
+
+
+class Drafter:
+    """The draft model and its own cache. Its slots are its own: it gives them to the rows it is asked about.
+
+    A row for which nothing is proposed any more (its end is near, or past the draft's context) leaves its slot.
+    """
+
+    def __init__(self, model: Decoder, config: GeneratorConfig) -> None:
+        self.model, self.config = model, config
+        self.cache = Cache(model, config.max_cached_tokens)
+        self.rows: list[Row] = []
+        self.cached: dict[Row, int] = {}
+        """Tokens of each row in the cache."""
+        self._tail: Tail | None = None
+
+    def propose(self, rows: Sequence[Row]) -> list[Proposal]:
+        """For each row as many tokens as are wanted: no more than may follow beside the model's own next one."""
+        found = [Proposal([], [], []) for _ in rows]
+        wanted = {row: self._wanted(row) for row in rows}
+        asked = {row: proposal for row, proposal in zip(rows, found, strict=True) if wanted[row] > 0}
+        self._follow(list(asked))
+        self._tail = None
+        if not asked:
+            return found
+        logits = self._caught_up()
+        ahead = [asked[row] for row in self.rows]
+        most = max(wanted[row] for row in self.rows)
+        for step in range(most):
+            add(logits, self.rows, ahead)
+            if step + 1 < most:
+                last = [proposal.tokens[-1:] for proposal in ahead]
+                cached = [self.cached[row] for row in self.rows]
+                logits, self._tail = extend(self.model, last, cached, self.cache, self._tail)
+        for row, proposal in asked.items():
+            for part in (proposal.tokens, proposal.probs, proposal.own):
+                del part[wanted[row] :]
+        return found
+
+    def keep(self, accepted: dict[Row, int]) -> None:
+        """Take into the cache the proposals that became text; the last one of all was never run."""
+        if self._tail is None:
+            return
+        counts = [min(accepted[row], columns) for row, columns in zip(self.rows, self._tail.counts, strict=True)]
+        self.cache.fit(len(self.rows), max(self.cached[row] + n for row, n in zip(self.rows, counts, strict=True)))
+        commit(self.cache, self._tail, counts)
+        for row, count in zip(self.rows, counts, strict=True):
+            self.cached[row] += count
+
+    def _wanted(self, row: Row) -> int:
+        """The row's own affair, so that its text does not depend on the batch."""
+        room = self.model.cfg.max_seq_len - len(row.prompt) - len(row.tokens) + 1
+        return max(0, min(self.config.draft_tokens, row.limit - len(row.tokens) - 1, room))
+
+    def _caught_up(self) -> torch.Tensor:
+        """Take what was added to the rows since into the cache: the logits after it, fp32 [rows, V]."""
+        missing = [_known(row, self.cached[row]) for row in self.rows]
+        cached = [self.cached[row] for row in self.rows]
+        logits, tail = extend(self.model, missing, cached, self.cache)
+        self.cache.fit(len(self.rows), max(n + m for n, m in zip(cached, tail.counts, strict=True)))
+        commit(self.cache, tail, tail.counts)
+        for row, count in zip(self.rows, tail.counts, strict=True):
+            self.cached[row] += count
+        return logits[[end - 1 for end in accumulate(tail.counts)]]
+
+    def _follow(self, rows: Sequence[Row]) -> None:
+        """Slots for exactly these rows: new ones take those of rows that are gone, then gaps are closed."""
+        wanted = {*rows}
+        free = [slot for slot, row in enumerate(self.rows) if row not in wanted]
+        new = [row for row in rows if row not in self.cached]
+        self.cached = {row: self.cached.get(row, 0) for row in rows}
+        for row in new:
+            if free:
+                self.rows[free.pop(0)] = row
+            else:
+                self.rows.append(row)
+        for slot in reversed(free):  # the last first, so that what moves is a row that stays
+            last = self.rows.pop()
+            if slot < len(self.rows):
+                self.cache.move(len(self.rows), slot, self.cached[last])
+                self.rows[slot] = last
+        if new:
+            self._begin(new)
+
+    def _begin(self, new: Sequence[Row]) -> None:
+        """Run all tokens but the last of new rows, once for rows that are alike."""
+        slots = {row: slot for slot, row in enumerate(self.rows)}
+        alike: dict[tuple[int, ...], list[Row]] = {}
+        for row in new:
+            alike.setdefault(tuple(_known(row, 0)[:-1]), []).append(row)
+        self.cache.fit(len(self.rows), max(map(len, alike)))
+        for texts in _portions(list(alike), self.config.prefill_tokens):
+            prefill(self.model, texts, [slots[alike[text][0]] for text in texts], self.cache)
+        for text, (first, *others) in alike.items():
+            prefix = self.cache.take(slots[first], len(text)) if others else None
+            for row in others:
+                assert prefix is not None
+                self.cache.give(slots[row], prefix)
+            self.cached.update(dict.fromkeys((first, *others), len(text)))
+
+
+def _known(row: Row, start: int) -> list[int]:
+    """The row's tokens from this one on."""
+    prompt = len(row.prompt)
+    return [*row.prompt[start:], *row.tokens[max(0, start - prompt) :]]
+
+
+def _portions(texts: Sequence[tuple[int, ...]], most: int) -> list[list[tuple[int, ...]]]:
+    """Neighbours together up to so many tokens."""
+    found: list[list[tuple[int, ...]]] = []
+    for text in texts:
+        if not found or sum(map(len, found[-1])) + len(text) > most:
+            found.append([])
+        found[-1].append(text)
+    return found
+
+
+def add(logits_BV: torch.Tensor, rows: Sequence[Row], proposals: Sequence[Proposal]) -> None:
+    """One more token for each row, drawn as the row itself would be."""
+    by_setting: dict[object, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_setting.setdefault(row.choosing, []).append(index)
+    for indices in by_setting.values():
+        cfg = rows[indices[0]].choosing
+        sources = [replace(rows[i].source, tokens=[*rows[i].tokens, *proposals[i].tokens]) for i in indices]
+        logits = shaped(logits_BV[indices], cfg, sources)
+        if cfg.temperature == 0:
+            for i, token in zip(indices, logits.argmax(-1).tolist(), strict=True):
+                proposals[i].tokens.append(token)
+            continue
+        probs = logits.softmax(-1)
+        tokens = drawn(probs, sources)
+        own = probs.gather(1, tokens[:, None])[:, 0]
+        for i, token, probs_V, prob in zip(indices, tokens.tolist(), probs, own.tolist(), strict=True):
+            proposals[i].tokens.append(token)
+            proposals[i].probs.append(probs_V)
+            proposals[i].own.append(prob)
