@@ -6,7 +6,6 @@ from pathlib import Path
 from convert.from_hf import open_hf
 from convert.hf_files import INDEX, SINGLE
 from convert.loom_files import open_loom
-from convert.megatron.dist import open_dist
 from convert.megatron.reading import find_folder, open_megatron
 from convert.megatron.writing import TRACKER
 from convert.opened import Opened
@@ -40,7 +39,11 @@ def open_weights(path: str | Path, files: Path | None = None) -> Opened:
         return replace(opened := open_loom(folder), files=files or opened.files)
     if is_megatron(folder):
         inner = folder if (folder / ".metadata").is_file() else find_folder(folder)[1]
-        return (open_dist if (inner / ".metadata").is_file() else open_megatron)(folder, files)
+        if (inner / ".metadata").is_file():
+            from convert.megatron.dist import open_dist  # torch.distributed.checkpoint: 0.7 s that others do not need
+
+            return open_dist(folder, files)
+        return open_megatron(folder, files)
     if (folder / "config.json").is_file() or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         return replace(opened := open_hf(folder), files=files or opened.files)
     raise ValueError(

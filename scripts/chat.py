@@ -1,162 +1,253 @@
-"""Talk to a Hugging Face folder, such as one written by scripts/export_hf.py.
+"""Talk to a model in the terminal.
 
-    python scripts/chat.py --model runs/quickstart/hf --prompt "What is the capital of France?"
-    python scripts/chat.py --model runs/quickstart/hf                    a conversation in the terminal
+    python scripts/chat.py --model runs/quickstart/hf                    a conversation
+    python scripts/chat.py --model runs/quickstart --prompt "What is the capital of France?"
+    python scripts/chat.py --model DIR < questions.txt > answers.txt     a conversation from a file, a message a line
 
-The conversation goes through the tokenizer's chat template and the answer is printed as it is made. Generation is the
-one of the `transformers` library: it shows that the exported folder is a plain Hugging Face one. Loom has no generator
-of its own yet. Decoding is greedy unless --temperature is above 0.
+DIR is a Hugging Face folder, a run of Loom or one of its checkpoints, or a Megatron checkpoint. The conversation goes
+through the model's chat template and the answer is printed as it is made. Decoding is greedy unless --temperature is
+above 0. Ctrl-C stops an answer, Ctrl-D ends. Exit code 0: done; 1: the model or the question cannot be used; 2: a
+mistake in the command line.
+
+Commands in a conversation (a message that begins with / needs a space before it; a line that ends with \\ goes on):
+  /help                     these lines
+  /set KEY=VALUE ...        change settings: /set temperature=0.7 top_p=0.9 max_new_tokens=512
+  /system TEXT              set the system prompt; alone, take it away
+  /show                     model, settings, and the tokens used
+  /retry                    answer the last question anew
+  /undo                     take back the last question and its answer
+  /reset                    forget the conversation; settings and system prompt stay
 """
 
 import argparse
+import os
+import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-Conversation = list[dict[str, str]]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.generation import GeneratorConfig
+from trainer.failure import told_clearly
+from trainer.inference.conversation import Conversation, settings_shown
+from trainer.inference.loading import DTYPES, generator_of, open_text_model
+from trainer.inference.settings import device_of
+
+COMMANDS = (__doc__ or "").partition("\n\nCommands in")[2].rstrip()
 
 
-def check_folder(folder: Path) -> None:
-    """Says what is wrong with a folder before anything is loaded.
+class Terminal:
+    """A conversation line by line: answers on stdout, all else on stderr."""
 
-    Raises:
-        ValueError: no such folder, a run folder instead of an exported one, or a file that a model needs is missing.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--model {folder}: no such folder. Give a Hugging Face folder (config.json and safetensors).")
-    if (folder / "checkpoints").is_dir():
-        raise ValueError(
-            f"--model {folder}: this is a run folder. Export it first: python scripts/export_hf.py {folder} {folder}/hf"
-        )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model {folder}: has no config.json, so it is not a Hugging Face model folder.")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"--model {folder}: has no *.safetensors file, so there are no weights to load.")
+    def __init__(self, talk: Conversation, about: str) -> None:
+        self.talk, self.about, self.typed = talk, about, sys.stdin.isatty()
+        self.commands = {
+            "help": self.help, "set": self.set, "system": self.system, "show": self.show, "retry": self.retry,
+            "undo": self.undo, "reset": self.reset,
+        }  # fmt: skip
 
+    def run(self) -> None:
+        """Take lines until the input ends. Without a terminal there is no prompt, and answers stand alone."""
+        if self.typed:
+            with suppress(ImportError):  # arrow keys in the line; not on every system
+                import readline  # noqa: F401
+            say(f"{self.about}\nType a message. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        while True:
+            try:
+                line = self.read()
+            except EOFError:
+                if self.typed:
+                    say("")
+                return
+            except KeyboardInterrupt:
+                if not self.typed:
+                    raise
+                say("\n(Ctrl-D ends)")
+                continue
+            try:
+                self.take(line)
+            except ValueError as error:
+                say(str(error))
 
-class Chat:
-    """A model, its tokenizer and how to sample; answers are streamed to the terminal."""
+    def read(self) -> str:
+        """A message or command; lines that end with a backslash go on in the next."""
+        line = input("\nyou> " if self.typed else "")
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + input("...> " if self.typed else "")
+        return line
 
-    def __init__(self, folder: Path, max_new_tokens: int, temperature: float) -> None:
-        """Loads the model: fp32 on a CPU, the stored precision on a GPU.
-
-        Raises:
-            ValueError: the folder is not a model, its weights are broken, or its tokenizer has no chat template.
-        """
-        check_folder(folder)
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            # Any: transformers types these two more narrowly than they behave.
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto" if device == "cuda" else torch.float32, local_files_only=True
-            )
-            self.model = model.to(device)
-        except Exception as error:  # the libraries raise many kinds for a broken folder; all mean the same here
-            raise ValueError(f"--model {folder}: cannot be loaded ({type(error).__name__}: {error})") from error
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"--model {folder}: its tokenizer has no chat template, so a conversation cannot be written down. "
-                f"Put a chat_template.jinja file into the folder."
-            )
-        self.streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.max_new_tokens = max_new_tokens
-        self.sampling: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            self.sampling["temperature"] = temperature
-        if self.model.generation_config.pad_token_id is None:
-            self.model.generation_config.pad_token_id = self.tokenizer.eos_token_id
-
-    def answer(self, conversation: Conversation) -> str:
-        """Prints the assistant's next turn as it comes and returns it.
+    def take(self, line: str) -> None:
+        """One line: a message or a command.
 
         Raises:
-            ValueError: the conversation and the answer together do not fit the model's context.
+            ValueError: it cannot be done.
         """
-        inputs = self.tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
-        num_tokens = inputs["input_ids"].shape[1]
-        longest = getattr(self.model.config, "max_position_embeddings", num_tokens + self.max_new_tokens)
-        if num_tokens + self.max_new_tokens > longest:
-            raise ValueError(
-                f"{num_tokens} tokens so far and --max-new-tokens {self.max_new_tokens} exceed the model's context of "
-                f"{longest}. Use a shorter prompt or a smaller --max-new-tokens; in a conversation, /new starts afresh."
-            )
-        output = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, streamer=self.streamer, **self.sampling
-        )
-        return self.tokenizer.decode(output[0, num_tokens:], skip_special_tokens=True)
-
-
-def converse(chat: Chat) -> None:
-    """Questions from the keyboard until the input ends; what was said before stays in the conversation."""
-    print("Type a message. /new forgets the conversation, Ctrl-D ends.")
-    conversation: Conversation = []
-    while True:
         try:
-            text = input("\nyou> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
+            line.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("this line is not UTF-8 and was passed over") from error
+        if not line.startswith("/"):
+            if line.strip():
+                self.answer(line.strip())
             return
-        if text == "/new":
-            conversation = []
-            print("(forgotten)")
-            continue
-        if not text:
-            continue
-        asked = [*conversation, {"role": "user", "content": text}]
+        name, _, rest = line[1:].partition(" ")
+        if name not in self.commands:
+            raise ValueError(
+                f"/{name}: no such command; there are /{', /'.join(self.commands)}. "
+                "A message that begins with / needs a space before it"
+            )
+        self.commands[name](rest.strip())
+
+    def answer(self, question: str) -> None:
+        """Print the answer as it comes, and why it ended early."""
+        talk = self.talk
         try:
-            reply = chat.answer(asked)
-        except ValueError as error:
-            print(error)
+            with closing(talk.answer(question)) as pieces:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            print("\n(stopped; this turn is forgotten)")
-        else:
-            conversation = [*asked, {"role": "assistant", "content": reply}]
+            if not self.typed:
+                raise
+            print()
+            kept = "what came of the answer stays" if talk.last and talk.last.tokens else "the question is forgotten"
+            say(f"(stopped; {kept})")
+            return
+        except ValueError as error:
+            way_out = ": /undo takes back the last turn, /reset forgets all" if talk.turns else ""
+            raise ValueError(f"{error}{way_out}") from error
+        print(flush=True)
+        if early := ended_early(talk):
+            say(f"({early})")
+
+    def help(self, _: str) -> None:
+        say(f"Commands in{COMMANDS}")
+
+    def set(self, words: str) -> None:
+        try:
+            parts = shlex.split(words)
+        except ValueError as error:
+            raise ValueError(f"/set {words}: {error}; put texts with spaces between two quotes") from error
+        if not parts:
+            raise ValueError("/set needs settings, such as /set temperature=0.7; /show shows them")
+        self.talk.set(parts)
+        say(f"({settings_shown(self.talk.sampling)})")
+
+    def system(self, text: str) -> None:
+        self.talk.set_system(text or None)
+        say("(the system prompt is set)" if text else "(the system prompt is taken away)")
+
+    def show(self, _: str) -> None:
+        talk, last = self.talk, self.talk.last
+        say(self.about)
+        say(f"settings: {settings_shown(talk.sampling)}")
+        say(f"system prompt: {'that of the chat template, if it has one' if talk.system is None else talk.system}")
+        say(f"conversation: {len(talk.turns) // 2} turns, {talk.tokens():,} of {talk.context:,} tokens")
+        if last is not None and last.tokens:
+            rate = f", {(last.tokens - 1) / (last.seconds - last.first_s):.1f} tokens/s" if last.tokens > 1 else ""
+            say(f"last answer: {last.tokens} tokens after {last.prompt_tokens:,}, first in {last.first_s:.2f} s{rate}")
+
+    def retry(self, _: str) -> None:
+        self.answer(self.talk.undo())
+
+    def undo(self, _: str) -> None:
+        say(f"(taken back: {self.talk.undo()})")
+
+    def reset(self, _: str) -> None:
+        self.talk.reset()
+        say("(forgotten)")
 
 
-def arguments() -> argparse.Namespace:
+def ended_early(talk: Conversation) -> str:
+    """Why the last answer is not whole, and the way out; empty if it is."""
+    last = talk.last
+    if last is None or last.finish != "length":
+        return ""
+    if last.prompt_tokens + last.tokens >= talk.context:
+        return f"the context of {talk.context:,} tokens is full: /reset forgets the conversation, /undo the last turn"
+    return f"cut at max_new_tokens={last.tokens}; more: /set max_new_tokens={4 * last.tokens} and /retry"
+
+
+def say(text: str) -> None:
+    """To the person, not into the answers."""
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint")
     parser.add_argument("--prompt", help="one question; without it a conversation starts")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default), 1 = the model's own")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling with --temperature (default: 0)")
-    args = parser.parse_args()
+    parser.add_argument("--tokenizer", metavar="DIR", help="its folder, where it does not lie with the model")
+    parser.add_argument("--chat-template", metavar="FILE", help="to be used instead of the model's own")
+    parser.add_argument("--precision", choices=DTYPES, help="of weights and cache (default: fp32; on a GPU bf16)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
-    if args.temperature < 0:
+    if not args.temperature >= 0:
         parser.error(f"--temperature {args.temperature}: give 0 (greedy) or more")
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("--prompt is empty; leave it out for a conversation")
+    for option in ("prompt", "system"):
+        if (text := getattr(args, option)) is not None and not text.strip():
+            parser.error(f"--{option} is empty; leave it out")
     return args
+
+
+def open_talk(args: argparse.Namespace) -> tuple[Conversation, str]:
+    """The conversation, and a line about its model.
+
+    Raises:
+        ValueError: there is no such model, it cannot be used, or it has no chat template.
+    """
+    device = device_of(args.device)
+    precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
+    found = open_text_model(args.model, tokenizer=args.tokenizer, chat_template=args.chat_template)
+    if found.render is None:
+        raise ValueError(
+            f"{found.folder}: the tokenizer has no chat template, so a conversation cannot be written down; "
+            "name one with --chat-template FILE"
+        )
+    config = GeneratorConfig(max_rows=1, max_cached_tokens=found.opened.cfg.max_seq_len)
+    generator = generator_of(found, device=device, dtype=precision, config=config)
+    given: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    about = f"{args.model}: {found.opened.cfg.family}, {precision} on {device}"
+    return Conversation(generator, found.render, given, args.system), about
 
 
 def main() -> int:
     args = arguments()
     try:
-        chat = Chat(args.model, args.max_new_tokens, args.temperature)
-        import torch
-
-        torch.manual_seed(args.seed)
+        talk, about = open_talk(args)
         if args.prompt is None:
-            converse(chat)
-        else:
-            chat.answer([{"role": "user", "content": args.prompt}])
+            Terminal(talk, about).run()
+            return 0
+        for piece in talk.answer(args.prompt):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        if early := ended_early(talk):
+            say(f"chat: {early.partition(';')[0]}")
     except ValueError as error:
         print(f"chat: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the answers has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    assert isinstance(sys.stdin, TextIOWrapper) and isinstance(sys.stdout, TextIOWrapper)
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 ends nothing
+    sys.stdout.reconfigure(errors="replace")
+    with told_clearly(0):
+        sys.exit(main())

@@ -1,0 +1,172 @@
+"""A conversation with a model: who said what, under which settings, and the next answer as it comes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator as Pieces
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data.chat import Render
+from data.formats import RowError
+from models.generation import Generator, Request, SamplingConfig, sampling_config
+from models.generation.config import Finish
+from models.generation.search_config import search_kind
+from trainer.inference.settings import settings_of
+
+SHOWN = ("max_new_tokens", "temperature", "seed")
+Message = dict[str, Any]
+UNUSED = ("samples", "log_probs")
+"""Settings without effect on a conversation."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of the last answer."""
+
+    prompt_tokens: int
+    tokens: int
+    finish: Finish | None
+    """None = it was stopped before its end."""
+    first_s: float
+    """Seconds until the first token."""
+    seconds: float
+
+
+@dataclass
+class Conversation:
+    """What was said so far, by turns, and how the model answers.
+
+    Raises:
+        ValueError: a setting that cannot be, or a system prompt that the chat template does not take.
+    """
+
+    generator: Generator
+    render: Render
+    given: dict[str, Any] = field(default_factory=dict)
+    """Settings as for `sampling_config`."""
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+    last: Answer | None = None
+    asked: int = 0
+    """Answers begun; each draws with another seed."""
+
+    def __post_init__(self) -> None:
+        self.sampling = _sampling(self.given)
+        self.set_system(self.system)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a conversation."""
+        return self.generator.model.cfg.max_seq_len
+
+    def set(self, words: Sequence[str]) -> None:
+        """Change settings, all or none of `temperature=0.7 top_p=0.9`.
+
+        Raises:
+            ValueError: no such setting, or an impossible value.
+        """
+        given = self.given | settings_of(words)
+        self.sampling, self.given = _sampling(given), given
+
+    def set_system(self, text: str | None) -> None:
+        """Another system prompt from now on; None = what the chat template writes of its own.
+
+        Raises:
+            ValueError: the chat template does not take it.
+        """
+        if text is not None:
+            tried = [{"role": "system", "content": text}, {"role": "user", "content": "question"}]
+            if text.strip() not in self._written(tried, True):
+                raise ValueError("the chat template has no place for a system prompt; say it in the first message")
+        self.system = text
+
+    def tokens(self) -> int:
+        """Tokens of all that was said."""
+        messages = self._messages()
+        return len(self._tokens(messages, False)) if messages else 0
+
+    def answer(self, question: str) -> Pieces[str, None, None]:
+        """The answer in pieces, as they come. However it ends (it may be closed), what came of it is kept.
+
+        Raises:
+            ValueError: the conversation has no room in the context, or the chat template refuses it.
+        """
+        asked = {"role": "user", "content": question}
+        prompt = self._tokens([*self._messages(), asked], True)
+        if len(prompt) >= self.context:
+            raise ValueError(
+                f"the conversation has {len(prompt):,} tokens with this question, and the model's context is "
+                f"{self.context:,}; {'forget some of it' if self.turns else 'shorten it'}"
+            )
+        return self._answer(asked, prompt)
+
+    def _answer(self, asked: Message, prompt: list[int]) -> Pieces[str, None, None]:
+        request = Request(prompt, self.sampling, self.sampling.seed + self.asked)
+        self.asked += 1
+        text, tokens, finish, began = "", 0, None, time.perf_counter()
+        first = began
+        try:
+            for step in self.generator.stream_generate([request]):
+                if step.token is None:
+                    raise ValueError(step.error)
+                if not tokens:
+                    first = time.perf_counter()
+                text, tokens, finish = text + step.text, tokens + 1, step.finish
+                yield step.text
+        finally:
+            if text or finish is not None:
+                self.turns += [asked, {"role": "assistant", "content": text}]
+            self.last = Answer(len(prompt), tokens, finish, first - began, time.perf_counter() - began)
+
+    def undo(self) -> str:
+        """Take back the last question and its answer; gives the question.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.turns:
+            raise ValueError("nothing was said yet")
+        question = self.turns[-2]["content"]
+        del self.turns[-2:]
+        return question
+
+    def reset(self) -> None:
+        """Forget what was said; settings and system prompt stay."""
+        self.turns.clear()
+
+    def _messages(self) -> list[Message]:
+        return [*([{"role": "system", "content": self.system}] if self.system is not None else []), *self.turns]
+
+    def _written(self, messages: list[Message], ask: bool) -> str:
+        try:
+            return self.render(messages, None, ask)
+        except RowError as error:
+            raise ValueError(str(error)) from error
+
+    def _tokens(self, messages: list[Message], ask: bool) -> list[int]:
+        tokenizer: Any = self.generator.tokenizer
+        return tokenizer.encode(self._written(messages, ask), add_special_tokens=False)
+
+
+def settings_shown(sampling: SamplingConfig) -> str:
+    """The settings that matter most and those that are not the usual ones, as they are typed."""
+    usual = asdict(SamplingConfig())
+    return " ".join(
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in asdict(sampling).items()
+        if key in SHOWN or value != usual[key]
+    )
+
+
+def _sampling(given: dict[str, Any]) -> SamplingConfig:
+    for key in UNUSED:
+        if key in given:
+            raise ValueError(f"{key}: has no effect on a conversation; leave it out")
+    if search_kind(given):
+        raise ValueError("a search for a whole text cannot be shown as it comes; use temperature, top_k, top_p, min_p")
+    made = sampling_config(given)
+    assert isinstance(made, SamplingConfig)
+    return made
