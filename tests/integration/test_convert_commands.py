@@ -88,6 +88,7 @@ from convert import hf_to_mega
 from convert.cli import told
 from convert.output import Output
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background begins with it ignored
 finished, count = Output.finished, 0
 
 def stop_in_the_middle(self, hf):

@@ -318,9 +318,9 @@ def test_what_other_libraries_allow_is_not_made(tmp_path: Path) -> None:
     file = tmp_path / "model_optim_rng.pt"
     torch.save({"args": argparse.Namespace(), "state": np.random.RandomState(0).get_state()}, file)
     theirs = torch.serialization.get_safe_globals()
-    added = [np._core.multiarray._reconstruct, np.ndarray]  # pyright: ignore[reportAttributeAccessIssue]
-    with torch.serialization.safe_globals(added):
-        before = torch.serialization.get_safe_globals()
-        assert not isinstance(read_objects(file, file)["state"][1], np.ndarray)
-        assert set(map(str, torch.serialization.get_safe_globals())) == set(map(str, before))
-    assert set(map(str, torch.serialization.get_safe_globals())) == set(map(str, theirs))
+    torch.serialization.add_safe_globals([np._core.multiarray._reconstruct, np.ndarray])  # pyright: ignore[reportAttributeAccessIssue]
+    before = torch.serialization.get_safe_globals()
+    assert not isinstance(read_objects(file, file)["state"][1], np.ndarray)
+    assert set(map(str, torch.serialization.get_safe_globals())) == set(map(str, before))
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(theirs)
