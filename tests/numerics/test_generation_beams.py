@@ -15,15 +15,15 @@ from tests.convert_cases import SMOLLM2
 from tests.numerics.test_generation import prompts_of
 from tests.numerics.test_hf_parity import OPTIONS, load_ours, save_theirs
 
-MODELS = ["tiny_llama", "qwen2_all_sliding", "qwen3_sliding", "tiny_mixtral", "tiny_deepseek_v2", "tiny_deepseek_v3"]
-"""Grouped heads, windows in all or some layers, routed experts, latents (with and without a rank for queries)."""
+MODELS = ["tiny_llama", "qwen2_all_sliding", "tiny_mixtral", "tiny_deepseek_v3"]
+"""Grouped heads, a window, routed experts, latents."""
 SETTINGS = [
-    BeamConfig(4, 14, samples=4),
+    BeamConfig(2, 14, samples=2),
+    BeamConfig(2, 14, early_stopping="exact", samples=2),
     BeamConfig(3, 14, length_penalty=-0.7, early_stopping="exact", samples=2),
-    BeamConfig(5, 14, length_penalty=2.0, early_stopping="exact", samples=5),
-    BeamConfig(5, 14, length_penalty=0.0, early_stopping="full", samples=3),
+    BeamConfig(4, 14, length_penalty=2.0, early_stopping="full", samples=3),
 ]
-STOPS = tuple(range(3, 512, 12))
+STOPS = tuple(range(3, 512, 8))
 """So many that texts end at all lengths."""
 THEIR_EARLY_STOPPING = {"full": True, "heuristic": False, "exact": "never"}
 
@@ -53,11 +53,11 @@ def theirs_of(theirs: Any, prompt: list[int], cfg: BeamConfig, stops: Sequence[i
 
 @pytest.mark.parametrize("option", MODELS)
 def test_beams_equal_transformers(tmp_path: Path, option: str) -> None:
-    """Prompts shorter and longer than the windows, searched side by side with room for two at a time."""
+    """Prompts shorter and longer than the window, side by side, in three ways to end."""
     cfg = OPTIONS[option]
     theirs = save_theirs(cfg, tmp_path)
     ours = Generator(load_ours(tmp_path, cfg, Runtime()), config=GeneratorConfig(max_rows=10), stop_tokens=STOPS)
-    prompts = [prompts_of(cfg)[i] for i in (0, 1, 3)]
+    prompts = prompts_of(cfg)[:2]
     lengths = set()
     for settings in SETTINGS:
         found = ours.generate(prompts, settings)
@@ -69,7 +69,7 @@ def test_beams_equal_transformers(tmp_path: Path, option: str) -> None:
             for each in made:
                 assert each.finish == ("stop" if each.tokens[-1] in STOPS else "length")
                 lengths.add(len(each.tokens))
-    assert len(lengths) > 4
+    assert len(lengths) > 3
 
 
 def test_beams_equal_transformers_on_smollm2() -> None:
