@@ -11,6 +11,10 @@ Finish = Literal["stop", "length", "error"]
 """A stop token or string came; `max_new_tokens` or the model's context is used up; the row could not be run."""
 
 
+CONSTRAINTS = ("allowed", "regex", "allowed_tokens")
+"""Settings that say what a text may be."""
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How the tokens of a row are chosen and when it ends. The filters work in the order in which they stand here.
@@ -41,6 +45,13 @@ class SamplingConfig:
     """End the row wherever they come in its text; the text goes up to there, the tokens include it."""
     log_probs: bool = False
     """Give each token's log-probability, under the distribution it was drawn from and under the model's own."""
+    allowed: tuple[str, ...] | None = None
+    """The text is one of these, written in the tokenizer's own tokens. What may not come has no chance before the
+    filters; the row ends where nothing more can come. `stop_tokens` end it only where the text is whole."""
+    regex: str | None = None
+    """The whole text matches this regular expression, in whatever tokens; the rest as for `allowed`."""
+    allowed_tokens: tuple[int, ...] | None = None
+    """Only these tokens may come, and of `stop_tokens` only those among them."""
 
     def problems(self) -> list[Problem]:
         """Every value that cannot be, as (key, value, reason, way out)."""
@@ -63,10 +74,26 @@ class SamplingConfig:
         need(all(self.stop), "stop", "holds an empty string, which would end every row at once", "stop=()")
         tokens = self.stop_tokens or ()
         need(all(t >= 0 for t in tokens), "stop_tokens", "holds a number that is no token", "stop_tokens=()")
+        found += self._constraint_problems()
         for key, unused in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             if self.temperature == 0:
                 greedy = "has no effect at temperature=0 (greedy)"
                 need(getattr(self, key) == unused, key, greedy, f"temperature=1, or {key}={unused:g}")
+        return found
+
+    def _constraint_problems(self) -> list[Problem]:
+        asked = [(key, getattr(self, key)) for key in CONSTRAINTS if getattr(self, key) is not None]
+        found: list[Problem] = []
+        for key, value in asked:
+            if not value or (key == "allowed" and not all(value)):
+                found.append((key, value, "holds nothing, or an empty text", f"{key}=None for no constraint"))
+        if any(token < 0 for token in self.allowed_tokens or ()):
+            reason = "holds a number that is no token"
+            found.append(("allowed_tokens", self.allowed_tokens, reason, "allowed_tokens=None for all tokens"))
+        for key, value in asked[1:]:
+            found.append((key, value, f"does not go together with {asked[0][0]}", "give one of the two"))
+        if self.stop and (self.allowed, self.regex) != (None, None):
+            found.append(("stop", self.stop, f"would cut short what {asked[0][0]} asks for", "stop=()"))
         return found
 
 
@@ -106,10 +133,12 @@ def _typed(key: str, value: Any) -> tuple[Any, str]:
     if key == "early_stopping":
         names = get_args(EarlyStopping)
         return value, "" if value in names else f"one of {', '.join(names)}"
-    if key in ("stop", "stop_tokens"):
-        if value is None and key == "stop_tokens":
+    if key in ("stop", "stop_tokens", *CONSTRAINTS):
+        if value is None and key != "stop":
             return None, ""
-        inner, wanted = (str, "a list of strings") if key == "stop" else (int, "a list of token ids")
+        if key == "regex":
+            return value, "" if isinstance(value, str) else "a string"
+        inner, wanted = (int, "a list of token ids") if key.endswith("tokens") else (str, "a list of strings")
         if isinstance(value, (list, tuple)) and all(type(each) is inner for each in value):
             return tuple(value), ""
         return value, wanted

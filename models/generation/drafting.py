@@ -74,6 +74,8 @@ class Drafter:
 
     def _wanted(self, row: Row) -> int:
         """The row's own affair, so that its text does not depend on the batch."""
+        if row.source.guide is not None:  # it knows what may come next, not what may follow a proposal
+            return 0
         room = self.model.cfg.max_seq_len - len(row.prompt) - len(row.tokens) + 1
         return max(0, min(self.config.draft_tokens, row.limit - len(row.tokens) - 1, room))
 

@@ -9,6 +9,7 @@ import torch
 from models.decoder import Decoder
 from models.generation.cache import Cache
 from models.generation.config import Completion, GeneratorConfig, Request, SamplingConfig, Settings, Step, told
+from models.generation.constraint import Constraints
 from models.generation.forward import decode, prefill
 from models.generation.packing import packed_decoder
 from models.generation.rows import Group, Row, made_groups
@@ -54,6 +55,7 @@ class Generator:
             end = None if tokenizer is None else tokenizer.eos_token_id
             stop_tokens = () if end is None else (end,)
         self.stop_tokens = tuple(stop_tokens)
+        self._constraints = Constraints(tokenizer, model.cfg.vocab_size)
         self.draft, self.draft_stats = draft, DraftStats()
         if draft is not None:
             check_draft(model, draft)
@@ -94,7 +96,8 @@ class Generator:
             each if isinstance(each, Request) else _request(each, sampling or SamplingConfig(), index)
             for index, each in enumerate(prompts)
         ]
-        return made_groups(requests, self.model.cfg, self.tokenizer, self.stop_tokens, self.config)
+        parts = (self.model.cfg, self.tokenizer, self.stop_tokens, self.config, self._constraints)
+        return made_groups(requests, *parts)
 
     def _run(self, waiting: deque[Group]) -> None:
         for _ in self._steps(waiting):

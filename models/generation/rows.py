@@ -7,7 +7,18 @@ import torch
 
 from models.config import ModelConfig
 from models.generation.cache import Prefix
-from models.generation.config import Completion, Finish, GeneratorConfig, Request, SamplingConfig, Settings, Step, told
+from models.generation.config import (
+    CONSTRAINTS,
+    Completion,
+    Finish,
+    GeneratorConfig,
+    Request,
+    SamplingConfig,
+    Settings,
+    Step,
+    told,
+)
+from models.generation.constraint import Constraints, Guide
 from models.generation.sampling import Source
 from models.generation.search_config import BeamConfig, ContrastiveConfig
 from models.generation.text import TextStream, Tokenizer, decoded
@@ -18,8 +29,11 @@ class Row:
 
     def __init__(self, index: int, sample: int, prompt: Sequence[int], request: Request, limit: int) -> None:
         self.index, self.sample, self.prompt, self.sampling = index, sample, prompt, _drawing(request.sampling)
-        self.choosing = replace(self.sampling, seed=0, samples=1, max_new_tokens=1, stop_tokens=None, stop=())
-        """The settings that decide how a token is chosen."""
+        bound = any(getattr(self.sampling, key) is not None for key in CONSTRAINTS)
+        guided = dict.fromkeys(CONSTRAINTS) | {"allowed_tokens": () if bound else None}
+        plain = replace(self.sampling, **guided)
+        self.choosing = replace(plain, seed=0, samples=1, max_new_tokens=1, stop_tokens=None, stop=())
+        """The settings that decide how a token is chosen; of a constraint only that there is a guide."""
         self.limit = limit
         """Most new tokens: what was asked for, or what the context has room for."""
         self.cached = 0
@@ -39,6 +53,10 @@ class Row:
         """Places in the cache it may come to need."""
         return len(self.prompt) + self.limit
 
+    def guided(self, guide: Guide) -> None:
+        """Let only those tokens come that the guide allows."""
+        self.source = replace(self.source, guide=guide)
+
     def follow(self, tokenizer: Tokenizer) -> None:
         """Make its text while it grows, for streams and stop strings."""
         if self._text is None:
@@ -51,7 +69,9 @@ class Row:
             self._log_probs.append(log_probs)
         if token in self.stop_tokens:
             self.finish = "stop"
-        elif len(self.tokens) == self.limit:
+        elif self.source.guide is not None:
+            self.finish, self.error = self.source.guide.take(token)
+        if self.finish is None and len(self.tokens) == self.limit:
             self.finish = "length"
         text = ""
         if self._text is not None:
@@ -63,7 +83,7 @@ class Row:
                 self.finish = "stop"
             text = self._text.new(self.finish is not None)
         sampled, model = log_probs or (None, None)
-        return Step(self.index, self.sample, token, text, self.finish, "", sampled, model)
+        return Step(self.index, self.sample, token, text, self.finish, self.error, sampled, model)
 
     def completion(self, tokenizer: Tokenizer | None) -> Completion:
         """What became of it."""
@@ -107,13 +127,17 @@ def made_groups(
     tokenizer: Tokenizer | None,
     stop_tokens: tuple[int, ...],
     config: GeneratorConfig,
+    constraints: Constraints,
 ) -> list[Group]:
     """The rows of every request; one that cannot be run has a single row that has ended, with the reason.
 
     Raises:
         ValueError: settings that cannot be, or text without a tokenizer.
     """
-    _check({request.sampling for request in requests}, requests, tokenizer, config.max_rows, cfg.vocab_size)
+    settings = {request.sampling for request in requests}
+    _check(settings, requests, tokenizer, config.max_rows, cfg.vocab_size)
+    begins, lines = constraints.all_of(settings, stop_tokens)
+    _refuse(lines)
     groups = []
     for index, request in enumerate(requests):
         prompt = request.prompt
@@ -132,6 +156,8 @@ def made_groups(
                 row.follow(tokenizer)
             if error:
                 row.finish, row.error = "error", error
+            elif begin := begins[sampling]:
+                row.guided(begin())
         groups.append(Group(index, prompt, rows, error, search=search))
     return groups
 
@@ -177,5 +203,9 @@ def _check(
         lines.append("prompts are text and there is no tokenizer; give one, or prompts as lists of tokens")
     if tokenizer is None and any(setting.stop for setting in settings):
         lines.append("stop strings need a tokenizer; give one, or stop_tokens instead of stop")
+    _refuse(lines)
+
+
+def _refuse(lines: Sequence[str]) -> None:
     if lines:
         raise ValueError("generation cannot start:\n" + "\n".join(f"  {line}" for line in lines))

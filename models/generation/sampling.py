@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from models.generation.config import SamplingConfig
+from models.generation.constraint import Guide, permitted
 
 _FEW = 1024
 """Most probable tokens among which top-p looks first: sorting a whole vocabulary costs 20 times as much."""
@@ -26,6 +27,8 @@ class Source:
     sample: int
     prompt: Sequence[int]
     tokens: Sequence[int]
+    guide: Guide | None = None
+    """What its text may be."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def choose(logits_NV: torch.Tensor, cfg: SamplingConfig, rows: Sequence[Source])
 
 def shaped(logits_NV: torch.Tensor, cfg: SamplingConfig, rows: Sequence[Source]) -> torch.Tensor:
     """The logits of the distribution that tokens are drawn from, or of which a greedy row takes the highest."""
-    own_NV = penalised(logits_NV, cfg, rows)
+    own_NV = permitted(penalised(logits_NV, cfg, rows), [row.guide for row in rows])
     return own_NV if cfg.temperature == 0 else filtered(own_NV, cfg)
 
 
