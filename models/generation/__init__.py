@@ -11,11 +11,13 @@ from models.generation.config import (
 )
 from models.generation.generator import Generator
 from models.generation.search_config import BeamConfig, ContrastiveConfig
+from models.generation.speculative import DraftStats
 
 __all__ = [
     "BeamConfig",
     "Completion",
     "ContrastiveConfig",
+    "DraftStats",
     "Generator",
     "GeneratorConfig",
     "Request",

@@ -24,6 +24,13 @@ class Proposal:
     own: list[float]
     """Each token's probability among its `probs`."""
 
+    def cut(self, most: int, stop_tokens: Sequence[int]) -> None:
+        """Leave out what comes after so many tokens, or after one that would end the row."""
+        ends = (place for place, token in enumerate(self.tokens, 1) if token in stop_tokens)
+        count = min(most, next(ends, most))
+        for part in (self.tokens, self.probs, self.own):
+            del part[count:]
+
 
 class Drafter:
     """The draft model and its own cache. Its slots are its own: it gives them to the rows it is asked about.
@@ -58,8 +65,7 @@ class Drafter:
                 cached = [self.cached[row] for row in self.rows]
                 logits, self._tail = extend(self.model, last, cached, self.cache, self._tail)
         for row, proposal in asked.items():
-            for part in (proposal.tokens, proposal.probs, proposal.own):
-                del part[wanted[row] :]
+            proposal.cut(wanted[row], row.stop_tokens)
         return found
 
     def keep(self, accepted: dict[Row, int]) -> None:

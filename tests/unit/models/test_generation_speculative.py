@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from models import Decoder, ModelConfig, build
-from models.generation import Completion, Generator, GeneratorConfig, Request, SamplingConfig, Step, drafting
+from models.generation import (
+    BeamConfig,
+    Completion,
+    DraftStats,
+    Generator,
+    GeneratorConfig,
+    Request,
+    SamplingConfig,
+    Step,
+    drafting,
+)
+from models.generation.cache import Cache
 from models.generation.drafting import Proposal
 from models.generation.rows import Row
 from models.generation.speculative import judged
@@ -211,8 +222,9 @@ def test_a_stop_amid_accepted_tokens_ends_the_row_there(plain: Decoder) -> None:
     for place, token in enumerate(whole.tokens):
         cfg = SamplingConfig(max_new_tokens=12, stop_tokens=(token,))
         first = whole.tokens.index(token)
-        made = generator(plain, plain, letters=True).generate(["Hello", "abc"], cfg)[0]
+        made = (own := generator(plain, plain, letters=True)).generate(["Hello", "abc"], cfg)[0]
         assert made.tokens == whole.tokens[: first + 1] and made.finish == "stop", place
+        assert own.draft_stats.accepted == own.draft_stats.proposed  # nothing is proposed after an end
     for letter in whole.text:
         cfg = SamplingConfig(max_new_tokens=12, stop_tokens=(), stop=(letter,))
         steps = [
@@ -259,6 +271,31 @@ def test_the_draft_runs_a_prompt_once_for_its_samples(plain: Decoder, monkeypatc
     monkeypatch.setattr(drafting, "prefill", counted)
     generator(plain, near(plain, 0.02)).generate(prompts((11, 7)), dataclasses.replace(SAMPLED, samples=5))
     assert seen == [11, 7]  # together they would be above the 13 tokens of one prefill
+
+
+def test_searches_go_on_without_it(plain: Decoder) -> None:
+    search = BeamConfig(max_new_tokens=6, num_beams=3)
+    own = generator(plain, plain)
+    assert tokens(own.generate(prompts((5, 7)), search)) == tokens(Generator(plain).generate(prompts((5, 7)), search))
+    assert own.draft_stats == DraftStats()
+
+
+def test_both_caches_stay_within_their_limit(plain: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[Cache, int] = {}
+    real = Cache.fit
+
+    def recorded(self: Cache, rows: int, places: int) -> None:
+        real(self, rows, places)
+        sizes[self] = max(sizes.get(self, 0), self.rows * self.tokens)
+
+    monkeypatch.setattr(Cache, "fit", recorded)
+    asked = [
+        Request(p, SamplingConfig(max_new_tokens=n)) for p, n in zip(prompts(), (3, 40, 5, 20, 9, 30), strict=True)
+    ]
+    config = GeneratorConfig(max_cached_tokens=60, draft_tokens=6)
+    made = Generator(plain, config=config, draft=near(plain, 0.02)).generate(asked)
+    assert len(sizes) == 2 and max(sizes.values()) <= 60
+    assert tokens(made) == tokens(Generator(plain).generate(asked))
 
 
 def test_drafts_that_do_not_fit(plain: Decoder) -> None:
