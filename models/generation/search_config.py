@@ -1,7 +1,8 @@
 """How tokens are searched for instead of drawn: beam search and contrastive search."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from models.config import Problem
 
@@ -60,7 +61,7 @@ class BeamConfig:
 
         names = get_args(EarlyStopping)
         need(beams >= 1, "num_beams", "must be at least 1", "num_beams=4")
-        need(abs(self.length_penalty) < 1e2, "length_penalty", "is no exponent of use", "length_penalty=1")
+        need(abs(self.length_penalty) <= 20, "length_penalty", "is no exponent of use", "length_penalty=1")
         need(self.early_stopping in names, "early_stopping", "is none of the ways to end", f"one of {', '.join(names)}")
         need(groups >= 1, "beam_groups", "must be at least 1", "beam_groups=1 for plain beam search")
         if beams >= 1 and groups >= 1:
@@ -120,7 +121,7 @@ class ContrastiveConfig:
         return found
 
 
-def search_kind(keys: Any) -> type[BeamConfig] | type[ContrastiveConfig] | None:
+def search_kind(keys: Collection[str]) -> type[BeamConfig] | type[ContrastiveConfig] | None:
     """The kind of search that settings ask for by the keys only it has; None = tokens are drawn.
 
     Raises:

@@ -291,6 +291,7 @@ def test_a_stream_joined_is_the_text(plain: Decoder, cfg: BeamConfig | Contrasti
         (BeamConfig(0), "num_beams"),
         (BeamConfig(max_new_tokens=0), "max_new_tokens"),
         (BeamConfig(length_penalty=float("nan")), "length_penalty"),
+        (BeamConfig(length_penalty=99.0), "length_penalty"),
         (BeamConfig(early_stopping=cast(Any, True)), "early_stopping"),
         (BeamConfig(samples=5), "samples"),
         (BeamConfig(samples=0), "samples"),
