@@ -8,7 +8,8 @@ from models.config import Problem
 from models.generation.search_config import BeamConfig, ContrastiveConfig, EarlyStopping, search_kind
 
 Finish = Literal["stop", "length", "error"]
-"""A stop token or string came; `max_new_tokens` or the model's context is used up; the row could not be run."""
+"""A stop token or string came, or nothing may follow; `max_new_tokens` or the model's context is used up; the row could
+not be run, or no token that the model has can follow."""
 
 
 CONSTRAINTS = ("allowed", "regex", "allowed_tokens")

@@ -76,23 +76,21 @@ def walks(made: Expression, ends: frozenset[int], vocab: int, count: int, longes
 
 @pytest.mark.parametrize("pattern", [r"\d{3}-\d{4}", r"(?i)yes|no(pe)?", r"[A-Z][a-z]*( [a-z]+){1,2}\.", r".*a.{2}"])
 def test_a_token_is_left_where_its_text_can_become_a_match(smol: Any, letters: Lettering, pattern: str) -> None:
-    """All tokens of the real tokenizer that are whole characters, at four places of two texts."""
+    """All tokens of the real tokenizer that are whole characters, at four places of a text."""
     texts = {i: t for i in range(17, 49152) if "\ufffd" not in (t := decoded(smol, [i]))}
     full = reference.compile(pattern)
-    made, draw = Expression(pattern, letters, frozenset({END})), random.Random(5)
-    for _ in range(2):
-        guide, before = made.begin(), ""
-        for _ in range(4):
-            left = {*tokens_left(guide)}
-            want = {i for i, text in texts.items() if full.fullmatch(before + text, partial=True)}
-            assert left & texts.keys() == want
-            assert (END in left) == bool(re.fullmatch(pattern, before))
-            if not want:
-                break
-            token = draw.choice(sorted(want))
-            before += texts[token]
-            if guide.take(token)[0] is not None:
-                break
+    guide, before, draw = Expression(pattern, letters, frozenset({END})).begin(), "", random.Random(5)
+    for _ in range(4):
+        left = {*tokens_left(guide)}
+        want = {i for i, text in texts.items() if full.fullmatch(before + text, partial=True)}
+        assert left & texts.keys() == want
+        assert (END in left) == bool(re.fullmatch(pattern, before))
+        if not want:
+            break
+        token = draw.choice(sorted(want))
+        before += texts[token]
+        if guide.take(token)[0] is not None:
+            break
 
 
 @pytest.mark.parametrize(
@@ -106,8 +104,8 @@ def test_a_token_is_left_where_its_text_can_become_a_match(smol: Any, letters: L
 def test_every_text_is_a_match_in_python(smol: Any, letters: Lettering, pattern: str) -> None:
     """Tokens drawn evenly: half characters, rare scripts, combining marks."""
     ends = frozenset({END})
-    texts = [decoded(smol, t) for t in walks(Expression(pattern, letters, ends), ends, VOCAB, 60, 30)]
-    assert len(texts) > 20
+    texts = [decoded(smol, t) for t in walks(Expression(pattern, letters, ends), ends, VOCAB, 40, 20)]
+    assert len(texts) > 15
     assert all(re.fullmatch(pattern, text) for text in texts)
 
 
