@@ -30,8 +30,12 @@ class LMHead(nn.Module):
             return linear_loss(
                 hidden_RD, self.weight, targets_T, loss_weight, self.loss_chunk, self.place, vocab=self.vocab
             )
-        logits = gather_from(column_linear(hidden_RD, self.weight, None, self.place), self.place.tp)
+        logits = gather_from(self.columns(hidden_RD), self.place.tp)
         return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
+
+    def columns(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """Logits of all rows for this rank's part of the vocabulary, [T, ceil(V / tp)], padding included."""
+        return column_linear(hidden_RD, self.weight, None, self.place)
 
 
 class ScalarHead(nn.Module):

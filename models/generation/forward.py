@@ -25,16 +25,26 @@ where the new tokens go and whom they see."""
 
 
 @torch.no_grad()
-def prefill(model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache) -> torch.Tensor:
-    """Run prompts, put them into their slots, and give the logits after each, fp32 [N, V]. No prompt is empty."""
+def prefill(
+    model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache, gather: bool = True
+) -> torch.Tensor:
+    """Run prompts, put them into their slots, and give the logits after each, fp32 [N, V]. No prompt is empty.
+
+    `gather` as in `logits_of`.
+    """
     hidden, ends_N = prompt_states(model, prompts, slots, cache)
-    return logits_of(model, normed_states(model, hidden[ends_N]))
+    return logits_of(model, normed_states(model, hidden[ends_N]), gather)
 
 
 @torch.no_grad()
-def decode(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache) -> torch.Tensor:
-    """Append one token to each of the first rows, which have `lengths` tokens: the logits after it, fp32 [B, V]."""
-    return logits_of(model, normed_states(model, step_states(model, tokens, lengths, cache)))
+def decode(
+    model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache, gather: bool = True
+) -> torch.Tensor:
+    """Append one token to each of the first rows, which have `lengths` tokens: the logits after it, fp32 [B, V].
+
+    `gather` as in `logits_of`.
+    """
+    return logits_of(model, normed_states(model, step_states(model, tokens, lengths, cache)), gather)
 
 
 @torch.no_grad()
@@ -90,10 +100,13 @@ def normed_states(model: Decoder, hidden_ND: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits_of(model: Decoder, states_ND: torch.Tensor) -> torch.Tensor:
-    """What the head makes of normed states, fp32 [N, V]."""
+def logits_of(model: Decoder, states_ND: torch.Tensor, gather: bool = True) -> torch.Tensor:
+    """What the head makes of normed states, fp32 [N, V], on every tensor-parallel rank.
+
+    Without `gather` each has its own columns only, [N, ceil(V / tp)], padding included.
+    """
     assert isinstance(model.head, LMHead)
-    logits = model.head(states_ND)
+    logits = model.head(states_ND) if gather else model.head.columns(states_ND)
     assert isinstance(logits, torch.Tensor)
     return logits.float()
 

@@ -3,6 +3,8 @@ batching, Yu et al. 2022, Orca)."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 
@@ -14,19 +16,24 @@ from models.generation.forward import decode, prefill
 from models.generation.packing import packed_decoder
 from models.generation.rows import Group, Row, made_groups
 from models.generation.sampling import choose
-from models.generation.search import search_steps
+from models.generation.search import search_rounds
 from models.generation.speculative import DraftStats, Speculation, check_draft
+from models.generation.team import Chosen, Team
 from models.generation.text import Tokenizer
 
 Prompts = Sequence[str | Sequence[int] | Request]
+GREEDY = SamplingConfig(max_new_tokens=1)
+"""`Row.choosing` where nothing is asked but the most probable token."""
 
 
 class Generator:
-    """Texts from a model that lies whole on one device, in the dtype of its weights (or autocast's around the call).
+    """Texts from a model in the dtype of its weights (or autocast's around the call).
+
+    On tensor-parallel ranks every rank of the axis calls alike, with the same arguments, and gets the same texts.
 
     Args:
-        model: a language model in one piece; its weights are read at every call. On a CPU a packed copy of them lives
-            as long as the call.
+        model: a language model, whole or cut over tp alone; its weights are read at every call. On a CPU a packed copy
+            of them lives as long as the call.
         tokenizer: for prompts and texts as strings; without it there are tokens only.
         config: how much is worked on at once.
         stop_tokens: what ends a row whose settings name none; None = the tokenizer's end of text.
@@ -50,7 +57,9 @@ class Generator:
         if problems := told(self.config.problems()):
             raise ValueError("generator settings:\n" + "\n".join(f"  {line}" for line in problems))
         place, chunk = model.place, model.chunk
-        assert place.cp.size == 1 and not place.splits_rows and chunk.embeds and chunk.heads, "a whole model is needed"
+        assert place.cp.size == place.ep.size == 1 and not place.splits_rows, "tp alone may cut a model that generates"
+        assert chunk.embeds and chunk.heads, "a whole model is needed"
+        self.team = Team.of(model)
         if stop_tokens is None:
             end = None if tokenizer is None else tokenizer.eos_token_id
             stop_tokens = () if end is None else (end,)
@@ -72,7 +81,7 @@ class Generator:
             has one with finish="error".
 
         Raises:
-            ValueError: impossible settings, or texts without a tokenizer.
+            ValueError: impossible settings, texts without a tokenizer, or tp ranks asked for different things.
         """
         groups = self._groups(prompts, sampling)
         # Rows of like lengths side by side waste least; the longest first, so that none is left alone at the end.
@@ -84,18 +93,21 @@ class Generator:
 
         The texts of a row's steps joined are its completion's text. Beam search has its texts at the end: then their
         tokens come. Arguments and errors as in `generate`.
+
+        On tp ranks rank 0 may leave the stream before its end, which ends it on all.
         """
         groups = self._groups(prompts, sampling)
         if self.tokenizer is not None:
             for row in (row for group in groups for row in group.rows):
                 row.follow(self.tokenizer)
-        return self._steps(deque(groups))
+        return self.team.streamed(self._rounds(deque(groups)))
 
     def _groups(self, prompts: Prompts, sampling: Settings | None) -> list[Group]:
         requests = [
             each if isinstance(each, Request) else _request(each, sampling or SamplingConfig(), index)
             for index, each in enumerate(prompts)
         ]
+        self.team.check_alike(requests, self.config, self.stop_tokens)
         parts = (self.model.cfg, self.tokenizer, self.stop_tokens, self.config, self._constraints)
         return made_groups(requests, *parts)
 
@@ -104,9 +116,11 @@ class Generator:
             pass
 
     def _steps(self, waiting: deque[Group]) -> Iterator[Step]:
-        for group in waiting:
-            if group.error:
-                yield Step(group.index, 0, None, "", "error", group.error)
+        return chain.from_iterable(self._rounds(waiting))
+
+    def _rounds(self, waiting: deque[Group]) -> Iterator[Iterator[Step]]:
+        """The steps of one forward after another, each of them begun when the one before has ended."""
+        yield (Step(group.index, 0, None, "", "error", group.error) for group in waiting if group.error)
         drawn = deque(group for group in waiting if not group.error and group.search is None)
         searched = [group for group in waiting if not group.error and group.search is not None]
         steps = max((group.rows[0].limit for group in (*drawn, *searched)), default=0)
@@ -116,9 +130,9 @@ class Generator:
         with packed_decoder(self.model, steps), packed_decoder(self.draft or self.model, steps):
             batch = _Batch(self.model, self.config, drawn, speculation)
             while batch.waiting or batch.rows:
-                yield from batch.admit()
-                yield from batch.step()
-            yield from search_steps(self.model, self.config, self.tokenizer, searched)
+                yield batch.admit()
+                yield batch.step()
+            yield from search_rounds(self.model, self.config, self.tokenizer, searched)
 
 
 def _request(prompt: str | Sequence[int], sampling: Settings, index: int) -> Request:
@@ -131,7 +145,8 @@ class _Batch:
     def __init__(
         self, model: Decoder, config: GeneratorConfig, waiting: deque[Group], speculation: Speculation | None
     ) -> None:
-        self.model, self.config, self.waiting, self.speculation = model, config, waiting, speculation
+        self.model, self.config, self.waiting, self.team = model, config, waiting, Team.of(model)
+        self.speculation = speculation
         self.rows: list[Row] = []
         self.cache = Cache(model, config.max_cached_tokens)
 
@@ -148,14 +163,14 @@ class _Batch:
         if not self.rows:
             return
         if self.speculation is not None:
-            yield from self.speculation.turn(self.rows, self.cache, _chosen)
+            yield from self.speculation.turn(self.rows, self.cache, partial(_chosen, team=self.team))
             return
         self.cache.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
         last = [row.tokens[-1] for row in self.rows]
-        logits = decode(self.model, last, [row.cached for row in self.rows], self.cache)
+        logits = decode(self.model, last, [row.cached for row in self.rows], self.cache, False)
         for row in self.rows:
             row.cached += 1
-        yield from _chosen(logits, self.rows)
+        yield from _chosen(logits, self.rows, self.team)
 
     def _next_rows(self) -> list[tuple[Group, Row]]:
         """Whose turn it is, as far as rows, cache and the prompts' tokens of one forward allow."""
@@ -203,7 +218,7 @@ class _Batch:
         fresh = list(reversed(firsts.values()))
         if fresh:
             where = [slots[id(row)] for _, row in fresh]
-            logits = prefill(self.model, [group.prompt for group, _ in fresh], where, self.cache)
+            logits = prefill(self.model, [group.prompt for group, _ in fresh], where, self.cache, False)
             for (group, _), slot, logits_V in zip(fresh, where, logits, strict=True):
                 group.logits_V = logits_V
                 if len(group.rows) > 1:
@@ -214,19 +229,29 @@ class _Batch:
             if not begun_alone:
                 assert group.prefix is not None
                 self.cache.give(slots[id(row)], group.prefix)
-        logits_NV = torch.stack([group.logits_V for group, _ in new if group.logits_V is not None])
+        logits_NW = torch.stack([group.logits_V for group, _ in new if group.logits_V is not None])
         for group, _ in new:
             if group.begun == len(group.rows):
                 group.prefix = group.logits_V = None
-        yield from _chosen(logits_NV, [row for _, row in new])
+        yield from _chosen(logits_NW, [row for _, row in new], self.team)
 
 
-def _chosen(logits_NV: torch.Tensor, rows: Sequence[Row]) -> Iterator[Step]:
-    """The next token of each row; rows of one setting are drawn together."""
+def _chosen(logits_NW: torch.Tensor, rows: Sequence[Row], team: Team) -> Iterator[Step]:
+    """The next token of each row, from this rank's columns of the logits."""
+
+    def decide(logits_NV: torch.Tensor, which: Sequence[int]) -> list[Chosen]:
+        return _drawn(logits_NV, [rows[i] for i in which])
+
+    chosen = team.choose(logits_NW, [row.choosing == GREEDY for row in rows], decide)
+    yield from [row.push(*each) for row, each in zip(rows, chosen, strict=True)]
+
+
+def _drawn(logits_NV: torch.Tensor, rows: Sequence[Row]) -> list[Chosen]:
+    """What is chosen for each row; rows of one setting are drawn together."""
     by_setting: dict[SamplingConfig, list[int]] = {}
     for index, row in enumerate(rows):
         by_setting.setdefault(row.choosing, []).append(index)
-    steps: list[Step] = []
+    found: dict[int, Chosen] = {}
     for setting, indices in by_setting.items():
         own = logits_NV if len(indices) == len(rows) else logits_NV[indices]
         drawn = choose(own, setting, [rows[i].source for i in indices])
@@ -234,5 +259,5 @@ def _chosen(logits_NV: torch.Tensor, rows: Sequence[Row]) -> Iterator[Step]:
             log_probs = None
             if drawn.log_probs is not None and drawn.model_log_probs is not None:
                 log_probs = drawn.log_probs[at], drawn.model_log_probs[at]
-            steps.append(rows[index].push(drawn.tokens[at], log_probs))
-    yield from steps
+            found[index] = drawn.tokens[at], log_probs
+    return [found[index] for index in range(len(rows))]

@@ -3,6 +3,7 @@ they go on; its rows share most of what they hold, and only what differs is copi
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -35,14 +36,21 @@ class Search(Protocol):
         ...
 
 
+def search_rounds(
+    model: Decoder, config: GeneratorConfig, tokenizer: Tokenizer | None, groups: Sequence[Group]
+) -> Iterator[Iterator[Step]]:
+    """Search texts for prompts that can be run and give their tokens, those of each text in order, round by round."""
+    batch = _Batch(model, config, tokenizer, deque(groups))
+    while batch.waiting or batch.live:
+        yield batch.admit()
+        yield batch.step()
+
+
 def search_steps(
     model: Decoder, config: GeneratorConfig, tokenizer: Tokenizer | None, groups: Sequence[Group]
 ) -> Iterator[Step]:
-    """Search texts for prompts that can be run and give their tokens, those of each text in order."""
-    batch = _Batch(model, config, tokenizer, deque(groups))
-    while batch.waiting or batch.live:
-        yield from batch.admit()
-        yield from batch.step()
+    """The steps of all rounds."""
+    return chain.from_iterable(search_rounds(model, config, tokenizer, groups))
 
 
 class _Live:
