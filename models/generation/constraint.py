@@ -6,6 +6,7 @@ What may not come gets no chance before temperature and filters, so these always
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ class Guide(Protocol):
         ...
 
 
+_KEPT = 16
+"""Constraints that stay ready, for requests that come one by one."""
 Begin = Callable[[], Guide]
 """A guide for a new row."""
 
@@ -52,6 +55,8 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._lettering: Lettering | None = None
+        self._tree = lru_cache(_KEPT)(self._made_tree)
+        self._expression = lru_cache(_KEPT)(self._made_expression)
 
     def all_of(
         self, settings: Iterable[Settings], stop_tokens: Sequence[int]
@@ -83,8 +88,7 @@ class Constraints:
         if self.tokenizer is None:
             raise ValueError(f"{key} is about text and there is no tokenizer; give one, or allowed_tokens instead")
         if cfg.allowed is not None:
-            root = _tree(cfg.allowed, self.tokenizer, self.vocab_size, ends)
-            least = _shortest(root)
+            root, least = self._tree(cfg.allowed, ends)
             if least > cfg.max_new_tokens:
                 raise ValueError(
                     f"max_new_tokens={cfg.max_new_tokens}: the shortest of the allowed texts takes {least} tokens; "
@@ -92,9 +96,19 @@ class Constraints:
                 )
             return lambda: _Choice(root, ends)
         assert cfg.regex is not None
+        return self._expression(cfg.regex, ends).begin
+
+    def _made_tree(self, texts: tuple[str, ...], ends: frozenset[int]) -> tuple["_Node", int]:
+        """Of the texts, and the tokens of the shortest."""
+        assert self.tokenizer is not None
+        root = _tree(texts, self.tokenizer, self.vocab_size, ends)
+        return root, _shortest(root)
+
+    def _made_expression(self, regex: str, ends: frozenset[int]) -> Expression:
+        assert self.tokenizer is not None
         if self._lettering is None:
             self._lettering = Lettering.of(self.tokenizer, self.vocab_size)
-        return Expression(cfg.regex, self._lettering, ends).begin
+        return Expression(regex, self._lettering, ends)
 
     def _known(self, tokens: Sequence[int]) -> NDArray[np.int64]:
         for token in tokens:

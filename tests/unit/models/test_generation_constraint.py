@@ -12,6 +12,7 @@ import torch
 from data.tokenizer import load_tokenizer
 from models import Decoder, ModelConfig, build
 from models.generation import Completion, Generator, GeneratorConfig, Request, SamplingConfig, sampling_config
+from models.generation.expression import Expression
 from models.init import InitSource
 from parallel.materialise import materialise
 from parallel.sharding import WHOLE
@@ -235,6 +236,23 @@ def test_what_cannot_be_is_told_before_anything_starts(generator: Generator, ask
         generator.stream_generate([[5]], SamplingConfig(**asked))
     (line,) = str(caught.value).split("\n")[1:]
     assert words in line and "; " in line
+
+
+def test_constraints_stay_ready(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of a batch come one by one: what they have in common is made once."""
+    made: list[str] = []
+    real = Expression.__init__
+
+    def counted(self: Expression, regex: str, *rest: Any) -> None:
+        made.append(regex)
+        real(self, regex, *rest)
+
+    monkeypatch.setattr(Expression, "__init__", counted)
+    for regex in ("kept|ready", "other", "kept|ready"):
+        generator.stream_generate([[5]], SamplingConfig(regex=regex))
+    assert made == ["kept|ready", "other"]
+    generator.stream_generate([[5]], SamplingConfig(regex="other", stop_tokens=(0,)))
+    assert made == ["kept|ready", "other", "other"]
 
 
 def test_texts_need_a_tokenizer(model: Decoder) -> None:
