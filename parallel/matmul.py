@@ -44,7 +44,7 @@ def product_nt_plus(
 
 
 @contextmanager
-def packed_weights(weights: Iterable[torch.Tensor], rows: int) -> Iterator[None]:
+def packed_weights(weights: Iterable[torch.Tensor], rows: int, pairs: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """While it lasts, `linear` without gradients uses copies of these weights in the order in which oneDNN reads them.
 
     Weights as they lie are put into that order anew by every product: with few rows that takes longer than the product
@@ -53,11 +53,14 @@ def packed_weights(weights: Iterable[torch.Tensor], rows: int) -> Iterator[None]
 
     Args:
         rows: what the copies are made for; products of other numbers of rows work too.
+        pairs: further weights, gate over up, for `packed_swiglu`.
     """
-    mine = [weight for weight in dict.fromkeys(weights) if _can_be_packed(weight) and _packed(weight) is None]
+    parts = dict.fromkeys(weights, 1) | dict.fromkeys(pairs, 2)
+    mine = [weight for weight in parts if _can_be_packed(weight) and "packed" not in vars(weight)]
     try:
         for weight in mine:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            halves = weight.detach().chunk(parts[weight])
+            packed = tuple(torch.ops.mkldnn._reorder_linear_weight(half, rows) for half in halves)
             vars(weight)["packed"] = (weight._version, packed)
         yield
     finally:
@@ -70,20 +73,37 @@ def _can_be_packed(weight: torch.Tensor) -> bool:
     return _ONEDNN and fits and weight.device.type == "cpu" and min(weight.shape) >= _SMALL
 
 
-def _packed(weight: torch.Tensor) -> torch.Tensor | None:
-    version, packed = vars(weight).get("packed", (None, None))
-    return packed if version == weight._version else None
+def _packed(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The copies that `x` may be multiplied with; none where the weight has changed or gradients are wanted."""
+    version, packed = vars(weight).get("packed", (None, ()))
+    if version != weight._version or torch.is_grad_enabled() or x.dtype is not torch.float32:
+        return ()
+    return packed if compute_dtype(x) is torch.float32 else ()
 
 
 def packed_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """`linear` through the packed copy; None where there is none, or gradients are wanted."""
-    if torch.is_grad_enabled() or (packed := _packed(weight)) is None or compute_dtype(x) is not torch.float32:
+    """`linear` through the packed copy; None where there is none."""
+    packed = _packed(weight, x)
+    if len(packed) != 1:
         return None
     if residual is None:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, packed[0], bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed[0], bias, "add")
+
+
+def packed_swiglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """silu(x gate^T) * (x up^T) for a packed `weight` [2F, D], gate over up; None where there is no such copy.
+
+    silu and the product with it are done on the way out of the matrix products.
+    """
+    packed = _packed(weight, x)
+    if len(packed) != 2:
+        return None
+    biases = (None, None) if bias is None else bias.chunk(2)
+    gate = torch.ops.mkldnn._linear_pointwise(x, packed[0], biases[0], "swish", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, gate, packed[1], biases[1], "mul")
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

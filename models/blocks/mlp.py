@@ -7,7 +7,7 @@ from torch import nn
 
 from models.config import ModelConfig
 from parallel.layers import ColumnLinear, RowLinear
-from parallel.matmul import Again
+from parallel.matmul import Again, packed_swiglu
 from parallel.sharding import Place
 
 
@@ -53,6 +53,9 @@ class SwiGLU(nn.Module):
         self.down = RowLinear(ffn, cfg.hidden_size, cfg.mlp_bias, "normal_residual", place)
 
     def forward(self, normed_RD: torch.Tensor, residual_RD: torch.Tensor, again: Again | None) -> torch.Tensor:
+        product = packed_swiglu(normed_RD, self.gate_up.weight, self.gate_up.bias)
+        if product is not None:  # generation: on one device or under tp, without sequence parallel
+            return self.down(product, residual_RD)
         gate_up = self.gate_up(normed_RD, again)
         product = swiglu(gate_up)
         return self.down(product, residual_RD, Again(swiglu_product, (gate_up.detach(),)) if self.selective else None)

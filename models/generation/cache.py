@@ -101,12 +101,11 @@ class LayerCache:
         """Write a whole prompt into a slot; of a window only its last tokens."""
         total = keys_TGK.shape[0]
         first = total - self.held(total)
-        places = torch.arange(first, total, device=keys_TGK.device)
-        if self.window is not None:
-            places %= self.window
+        # The last tokens of a window are a turned ring: what stands at its begin comes after what stands at its end.
+        turn = 0 if self.window is None else first % self.window
         for own, new in zip(self.tensors(), (keys_TGK, values_TGK), strict=False):
             assert new is not None
-            own[slot][:, places] = new[first:].transpose(0, 1).to(own.dtype)
+            own[slot, :, : total - first] = (new[first:].roll(turn, 0) if turn else new[first:]).transpose(0, 1)
 
     def append(self, place_B: torch.Tensor, keys_BGK: torch.Tensor, values_BGK: torch.Tensor | None) -> None:
         """Write one token of each live row."""
@@ -118,20 +117,21 @@ class LayerCache:
     def attend(self, q_BHK: torch.Tensor, pieces: Sequence[Piece], scale: float) -> torch.Tensor:
         """One query a row and head against the row's tokens -> [B, H, value_dim]; fp32 softmax.
 
-        The query heads of a group are the rows of one small product, so keys and values are read once and not repeated.
+        The query heads of a group meet their keys in one small product, so keys and values are read once and not
+        repeated. Keys go first: of a large first operand MKL makes better use (a fifth less time at 3 queries).
         """
-        q = q_BHK.unflatten(1, (self.groups, -1))
-        out = q.new_empty(*q.shape[:3], self.value_dim)
+        q = (q_BHK * scale).unflatten(1, (self.groups, -1)).transpose(-1, -2)
+        found = []
         for p in pieces:
             keys = self.keys[p.start : p.stop, :, : p.longest]
             values = (
                 keys[..., : self.value_dim] if self.values is None else self.values[p.start : p.stop, :, : p.longest]
             )
-            scores = torch.matmul(q[p.start : p.stop] * scale, keys.transpose(-1, -2)).float()
+            scores = torch.matmul(keys, q[p.start : p.stop]).transpose(-1, -2).float()
             if p.mask is not None:
                 scores += p.mask
-            out[p.start : p.stop] = torch.matmul(scores.softmax(-1).to(values.dtype), values)
-        return out.flatten(1, 2)
+            found.append(torch.matmul(scores.softmax(-1).to(values.dtype), values))
+        return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1, 2)
 
 
 class Cache:

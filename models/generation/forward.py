@@ -9,15 +9,18 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
+from torch.nn import functional as F
 
 from models.blocks.attention import Attention, Packing, attention
 from models.blocks.mla import LatentAttention, Projected
 from models.blocks.moe import MoE
+from models.blocks.norm import RMSNorm
 from models.blocks.rope import rotate_, turned_pairs
 from models.blocks.router import Tokens
 from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache, Plan
 from models.heads import LMHead
+from parallel.matmul import compute_dtype
 
 Meet = Callable[[torch.Tensor, tuple[torch.Tensor, ...], float], torch.Tensor]
 """(queries [T, H, K], new keys and values [T, G, K] or their latents alone, scale) -> what the queries find [T, H, V]:
@@ -64,7 +67,7 @@ def prompt_states(
     hidden = embedded(model, tokens_T)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
-        normed = layer.attn_norm(hidden)[0]
+        normed = _rms_norm(layer.attn_norm, hidden)
         if isinstance(layer.attn, LatentAttention):
             hidden = _latent_prompts(layer.attn, normed, hidden, packing, own, slots)
         else:
@@ -85,7 +88,7 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
     hidden = embedded(model, tokens_B)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
-        normed, plan = layer.attn_norm(hidden)[0], plans[own.window]
+        normed, plan = _rms_norm(layer.attn_norm, hidden), plans[own.window]
         found = attended(layer.attn, normed, cos, sin, partial(_meet_cache, own, plan))
         hidden = layer.attn.out(found, hidden)
         hidden = feed_forward(layer, hidden, routed)
@@ -96,7 +99,7 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
 def normed_states(model: Decoder, hidden_ND: torch.Tensor) -> torch.Tensor:
     """The last layer's output after the final norm [N, D]."""
     assert model.norm is not None
-    return model.norm(hidden_ND)[0]
+    return _rms_norm(model.norm, hidden_ND)
 
 
 @torch.no_grad()
@@ -116,8 +119,13 @@ def embedded(model: Decoder, tokens_T: torch.Tensor) -> torch.Tensor:
     return model.embed(tokens_T)
 
 
+def _rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)` as one call of torch: in a step of few rows calls are what the small operations cost."""
+    return F.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.eps).to(compute_dtype(x))
+
+
 def feed_forward(layer: Layer, hidden_TD: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    normed = layer.mlp_norm(hidden_TD)[0]
+    normed = _rms_norm(layer.mlp_norm, hidden_TD)
     if isinstance(layer.mlp, MoE):
         return layer.mlp(normed, hidden_TD, None, tokens)
     return layer.mlp(normed, hidden_TD, None)
@@ -129,7 +137,8 @@ def _qkv(attn: Attention, normed_TD: torch.Tensor) -> torch.Tensor:
     if attn.q_norm is None or attn.k_norm is None:
         return qkv
     q, k, v = qkv.split(heads.parts, 1)
-    q, k = (norm(x.unflatten(1, (-1, heads.dim)))[0].flatten(1) for norm, x in ((attn.q_norm, q), (attn.k_norm, k)))
+    parts = ((attn.q_norm, q), (attn.k_norm, k))
+    q, k = (_rms_norm(norm, x.unflatten(1, (-1, heads.dim))).flatten(1) for norm, x in parts)
     return torch.cat([q, k, v], 1)
 
 
@@ -163,9 +172,9 @@ def _meet_cache(
 
 def _step(attn: Attention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meet: Meet) -> torch.Tensor:
     qkv, heads = _qkv(attn, normed), attn.heads
+    qk = qkv[:, : heads.parts[0] + heads.parts[1]]
+    rotate_(qk.unflatten(1, (-1, heads.dim)), cos.to(qkv.dtype), sin.to(qkv.dtype))
     q, k, v = (x.unflatten(1, (-1, heads.dim)) for x in qkv.split(heads.parts, 1))
-    for x in (q, k):
-        rotate_(x, cos.to(x.dtype), sin.to(x.dtype))
     return meet(q, (k, v), heads.dim**-0.5).flatten(1)
 
 

@@ -7,6 +7,7 @@ import psutil
 from torch import nn
 
 from models.blocks.mla import DownLinear
+from models.blocks.mlp import SwiGLU
 from models.decoder import Decoder
 from models.heads import LMHead
 from parallel.layers import ColumnLinear, RowLinear
@@ -27,11 +28,12 @@ def packed_decoder(model: Decoder, steps: int) -> AbstractContextManager[None]:
     Args:
         steps: how many will be made while it lasts, at most.
     """
-    weights = list(_weights(model))
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    pairs = [module.gate_up.weight for module in model.modules() if isinstance(module, SwiGLU)]
+    weights = {weight: None for weight in _weights(model) if all(weight is not pair for pair in pairs)}
+    size = sum(weight.numel() * weight.element_size() for weight in (*weights, *pairs))
     if steps < FEWEST_STEPS or size * FREE_TIMES > psutil.virtual_memory().available:
         return nullcontext()
-    return packed_weights(weights, ROWS)
+    return packed_weights(weights, ROWS, pairs)
 
 
 def _weights(model: Decoder) -> Iterator[nn.Parameter]:

@@ -128,6 +128,22 @@ def test_packed_weights_give_the_same_product(bias: bool, residual: bool) -> Non
             assert base is None or kept is None or torch.equal(base, kept)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_halves_give_swiglu(bias: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(40, 24, generator=draw), torch.randn(5, 24, generator=draw)
+    added = torch.randn(40, generator=draw) if bias else None
+    with torch.no_grad(), packed_weights([], 64, [weight]):
+        got = matmul.packed_swiglu(x, weight, added)
+        gate, up = F.linear(x.double(), weight.double(), None if added is None else added.double()).chunk(2, -1)
+        assert got is not None
+        torch.testing.assert_close(got.double(), F.silu(gate) * up, rtol=0, atol=1e-4)
+        both = F.linear(x, weight)
+        torch.testing.assert_close(linear(x, weight), both, rtol=0, atol=1e-4)  # halves are no copy of the whole
+    with torch.no_grad():
+        assert matmul.packed_swiglu(x, weight, added) is None
+
+
 def test_packed_weights_are_never_stale() -> None:
     """One that is changed is used as it lies, gradients never take the copy, and at the end there is none."""
     weight, x = torch.nn.Parameter(torch.ones(8, 8)), torch.ones(2, 8)
