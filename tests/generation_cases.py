@@ -104,9 +104,9 @@ def texts_with_stops(cfg: ModelConfig, pooled: bool = True) -> tuple[list[Comple
     return generator.generate(asked, settings), list(generator.stream_generate(asked, settings))
 
 
-def texts_of_files(path: str, tp: int) -> list[Completion]:
-    """Greedy and drawn texts with the weights that lie in a folder, over this pool's tp ranks."""
-    groups = groups_of(ParallelConfig(tp=tp)) if tp > 1 else None
+def texts_of_files(path: str, layout: ParallelConfig | None) -> list[Completion]:
+    """Texts with the weights that lie in a folder, over the tp ranks of a layout of this pool or in one piece."""
+    groups = None if layout is None else groups_of(layout)
     opened = open_weights(path)
     found = TextModel(opened, None, "", None, ())
     generator = generator_of(found, device=torch.device("cpu"), config=SMALL, groups=groups)

@@ -3,7 +3,6 @@ they go on; its rows share most of what they hold, and only what differs is copi
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -44,13 +43,6 @@ def search_rounds(
     while batch.waiting or batch.live:
         yield batch.admit()
         yield batch.step()
-
-
-def search_steps(
-    model: Decoder, config: GeneratorConfig, tokenizer: Tokenizer | None, groups: Sequence[Group]
-) -> Iterator[Step]:
-    """The steps of all rounds."""
-    return chain.from_iterable(search_rounds(model, config, tokenizer, groups))
 
 
 class _Live:

@@ -153,12 +153,13 @@ def texts_of(cfg: ModelConfig, source: TensorSource) -> list[Completion]:
 
 def check_folder(pool: Pools, folder: Path, want: list[Completion]) -> None:
     """At tp 1 and 2."""
-    assert_same(generation_cases.texts_of_files(str(folder), 1), want)
-    for found in pool(2).run(generation_cases.texts_of_files, str(folder), 2):
+    assert_same(generation_cases.texts_of_files(str(folder), None), want)
+    for found in pool(2).run(generation_cases.texts_of_files, str(folder), ParallelConfig(tp=2)):
         assert_same(found, want)
 
 
 def test_a_run_trained_over_tp_and_pp(pool: Pools, tmp_path: Path) -> None:
+    """Opened by one process, two, and the very ranks that trained it: there each stage has a copy."""
     cfg = dataclasses.replace(TINY, tied_embeddings=True)
     layout = ParallelConfig(tp=2, pp=2, sequence_parallel=True)
     made = pool(4).run(cases.train, 1, 2, 1, layout=layout, model=cfg, save_to=str(tmp_path / "checkpoints"))
@@ -173,6 +174,8 @@ def test_a_run_trained_over_tp_and_pp(pool: Pools, tmp_path: Path) -> None:
     want = texts_of(cfg, Trained())
     assert [each.tokens for each in want] != [each.tokens for each in texts_of(cfg, InitSource(cfg, 3))]
     check_folder(pool, tmp_path, want)
+    for found in pool(4).run(generation_cases.texts_of_files, str(tmp_path), layout):
+        assert_same(found, want)
 
 
 def test_a_run_over_tp_and_ep(pool: Pools, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from models.generation import Generator, GeneratorConfig
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import Groups
 from parallel.materialise import materialise
-from parallel.sharding import SINGLE
+from parallel.sharding import SINGLE, Place
 from trainer import layout_rules
 from trainer.evaluation.scorer import check_memory
 from trainer.evaluation.tokens import tokenizer_folder
@@ -114,12 +114,13 @@ def generator_of(
         device: where they shall lie.
         dtype: of weights, cache and activations; logits are fp32.
         config: how much is worked on at once.
-        groups: a process group whose tp ranks share the model; None = it lies whole in this process.
+        groups: of any layout: tp ranks share the model, ranks of the other axes have copies; None = it lies whole in
+            this process.
 
     Raises:
         ValueError: tensors are not the model's, do not fit into memory, or cannot be shared by so many tp ranks.
     """
-    cfg, place = found.opened.cfg, SINGLE if groups is None else groups.place()
+    cfg, place = found.opened.cfg, SINGLE if groups is None else Place(tp=groups.tp)
     if problem := tp_problem(found.opened, place.tp.size):
         raise ValueError(problem)
     source = Source(found.opened, cfg)
