@@ -54,7 +54,7 @@ def read_jsonl(path: str, start: int, stop: int) -> Iterator[Record]:
             at += len(line)
             if not line.strip():
                 continue
-            row, reason = _json_row(line)
+            row, reason = json_row(line)
             yield number, row, reason
 
 
@@ -165,7 +165,8 @@ def read_arrow(path: str, start: int, stop: int) -> Iterator[Record]:
             return
 
 
-def _json_row(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
+def json_row(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """The row of a line of JSON, or the reason why it is none."""
     try:
         row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as err:

@@ -15,7 +15,7 @@ from convert.source import Source
 from data.chat import ChatTemplate, Render, special_tokens, template_renderer
 from data.config import DataConfig
 from data.tokenizer import describe, load_tokenizer
-from models import Runtime, build
+from models import Decoder, Runtime, build
 from models.generation import Generator, GeneratorConfig
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import Groups
@@ -91,13 +91,17 @@ def load_generator(
     groups: Groups | None = None,
     tokenizer: str | None = None,
     chat_template: str | Path | None = None,
+    draft: str | Path | None = None,
 ) -> Generator:
-    """A generator with the weights of a checkpoint.
+    """A generator with the weights of a checkpoint, and of another that runs ahead if `draft` names one.
 
     Its `tokenizer` has the chat template to use. Other arguments and errors as of `open_text_model` and `generator_of`.
     """
     found = open_text_model(path, tokenizer=tokenizer, chat_template=chat_template)
-    return generator_of(found, device=device, dtype=dtype, config=config, groups=groups)
+    small = None if draft is None else open_text_model(draft)
+    if small is not None:
+        check_draft(found, small)
+    return generator_of(found, device=device, dtype=dtype, config=config, groups=groups, draft=small)
 
 
 def generator_of(
@@ -107,6 +111,7 @@ def generator_of(
     dtype: Dtype = "fp32",
     config: GeneratorConfig | None = None,
     groups: Groups | None = None,
+    draft: TextModel | None = None,
 ) -> Generator:
     """Read the weights of an opened model.
 
@@ -116,21 +121,45 @@ def generator_of(
         config: how much is worked on at once.
         groups: of any layout: tp ranks share the model, ranks of the other axes have copies; None = it lies whole in
             this process.
+        draft: a small model that runs ahead, checked by `check_draft`.
 
     Raises:
         ValueError: tensors are not the model's, do not fit into memory, or cannot be shared by so many tp ranks.
     """
-    cfg, place = found.opened.cfg, SINGLE if groups is None else Place(tp=groups.tp)
-    if problem := tp_problem(found.opened, place.tp.size):
+    place = SINGLE if groups is None else Place(tp=groups.tp)
+    model = _filled(found.opened, place, device, dtype)
+    small = None if draft is None else _filled(draft.opened, place, device, dtype)
+    return Generator(model, found.tokenizer, config, found.stop_tokens, small)
+
+
+def _filled(opened: Opened, place: Place, device: torch.device, dtype: Dtype) -> Decoder:
+    if problem := tp_problem(opened, place.tp.size):
         raise ValueError(problem)
-    source = Source(found.opened, cfg)
+    source = Source(opened, opened.cfg)
     source.check()
-    model = build(cfg, place, Runtime())
-    check_memory(found.opened.path, model, device)
+    model = build(opened.cfg, place, Runtime())
+    check_memory(opened.path, model, device)
     materialise(model, source, place.cut, device)
     for parameter in model.parameters():  # one after another; buffers stay fp32, as a router's corrections must
         parameter.data = parameter.data.to(DTYPES[dtype])
-    return Generator(model.eval(), found.tokenizer, config, found.stop_tokens)
+    return model.eval()
+
+
+def check_draft(model: TextModel, draft: TextModel) -> None:
+    """Whether a small model can run ahead of another: its tokens must mean the same.
+
+    Raises:
+        ValueError: they do not.
+    """
+    ours, theirs = model.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
+    if ours == theirs and model.opened.cfg.vocab_size == draft.opened.cfg.vocab_size:
+        return
+    differ = [token for token, index in ours.items() if theirs.get(token) != index]
+    example = f"; {differ[0]!r} is {ours[differ[0]]} and {theirs.get(differ[0], 'no token')}" if differ else ""
+    raise ValueError(
+        f"the draft {draft.opened.path} has another vocabulary than {model.opened.path}: {draft.opened.cfg.vocab_size} "
+        f"tokens and {model.opened.cfg.vocab_size}{example}; take a smaller model of the same family"
+    )
 
 
 def tp_problem(opened: Opened, tp: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from models.generation import SamplingConfig
+from models.generation import Request, SamplingConfig
+from models.generation.serving import serve
+from tests import inference_cases
 from tests.convert_cases import tiny
+from tests.pool import Pool
 from tests.unit.data.conftest import make_tokenizer
 from trainer.inference.loading import load_generator, open_text_model, tp_problem
 
@@ -92,6 +96,30 @@ def test_mistakes_are_told(other: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (other / name).unlink()
     assert "has no tokenizer; name its folder with --tokenizer FOLDER" in told()
+
+
+def test_tp_ranks_write_what_one_process_writes(folder: Path, pool: Callable[[int], Pool]) -> None:
+    """Rank 0 alone knows what is asked, and gives it bit by bit."""
+    asked = [
+        Request([i + 3] * (5 * i + 1), SamplingConfig(max_new_tokens=9, temperature=i % 2, samples=1 + i % 2), seed=i)
+        for i in range(7)
+    ]
+    asked.insert(2, Request([]))
+    want = sorted(
+        serve(load_generator(folder, device=CPU), inference_cases.giving(asked)),
+        key=lambda made: (made.prompt, made.sample),
+    )
+    for found in pool(2).run(inference_cases.served, folder, asked):
+        assert found == want
+
+
+def test_a_draft_must_have_the_models_tokens(folder: Path, other: Path) -> None:
+    assert load_generator(folder, device=CPU, draft=other).draft is not None
+    more = make_tokenizer()
+    more.add_tokens(["word"])
+    more.save_pretrained(other)
+    with pytest.raises(ValueError, match="has another vocabulary than"):
+        load_generator(folder, device=CPU, draft=other)
 
 
 def test_ranks_that_cannot_share_a_model(folder: Path) -> None:
