@@ -1,10 +1,12 @@
 """A small model that runs ahead: what it thinks comes next in each row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from models.decoder import Decoder
 from models.generation.cache import Cache
@@ -13,11 +15,15 @@ from models.generation.extend import Tail, commit, extend
 from models.generation.forward import prefill
 from models.generation.rows import Row
 from models.generation.sampling import drawn, shaped
+from models.generation.team import FirstRankFailed, Team
+
+Decided = TypeVar("Decided")
 
 
 @dataclass
 class Proposal:
-    """Tokens for one row, and for a row that is not greedy the distributions [V] they were drawn from."""
+    """Tokens for one row. A row that is not greedy has the distributions [V] they were drawn from, on tensor-parallel
+    ranks rank 0 alone."""
 
     tokens: list[int]
     probs: list[torch.Tensor]
@@ -38,8 +44,8 @@ class Drafter:
     A row for which nothing is proposed any more (its end is near, or past the draft's context) leaves its slot.
     """
 
-    def __init__(self, model: Decoder, config: GeneratorConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: Decoder, config: GeneratorConfig, team: Team) -> None:
+        self.model, self.config, self.team = model, config, team
         self.cache = Cache(model, config.max_cached_tokens)
         self.rows: list[Row] = []
         self.cached: dict[Row, int] = {}
@@ -59,7 +65,7 @@ class Drafter:
         ahead = [asked[row] for row in self.rows]
         most = max(wanted[row] for row in self.rows)
         for step in range(most):
-            add(logits, self.rows, ahead)
+            add(self.team, logits, self.rows, ahead)
             if step + 1 < most:
                 last = [proposal.tokens[-1:] for proposal in ahead]
                 cached = [self.cached[row] for row in self.rows]
@@ -68,11 +74,12 @@ class Drafter:
             proposal.cut(wanted[row], row.stop_tokens)
         return found
 
-    def keep(self, accepted: dict[Row, int]) -> None:
-        """Take into the cache the proposals that became text; the last one of all was never run."""
+    def keep(self) -> None:
+        """Take into the cache those of the last proposals that are text by now; the very last one was never run."""
         if self._tail is None:
             return
-        counts = [min(accepted[row], columns) for row, columns in zip(self.rows, self._tail.counts, strict=True)]
+        accepted = [len(row.prompt) + len(row.tokens) - 1 - self.cached[row] for row in self.rows]
+        counts = [min(each) for each in zip(accepted, self._tail.counts, strict=True)]
         self.cache.fit(len(self.rows), max(self.cached[row] + n for row, n in zip(self.rows, counts, strict=True)))
         commit(self.cache, self._tail, counts)
         for row, count in zip(self.rows, counts, strict=True):
@@ -148,23 +155,49 @@ def _portions(texts: Sequence[tuple[int, ...]], most: int) -> list[list[tuple[in
     return found
 
 
-def add(logits_BV: torch.Tensor, rows: Sequence[Row], proposals: Sequence[Proposal]) -> None:
-    """One more token for each row, drawn as the row itself would be."""
+def add(team: Team, logits_BV: torch.Tensor, rows: Sequence[Row], proposals: Sequence[Proposal]) -> None:
+    """One more token for each row, drawn as the row itself would be, on rank 0: the others only hear of the token."""
+    tokens = agreed(team, lambda: _drawn(logits_BV, rows, proposals))
+    for token, proposal in zip(tokens, proposals, strict=True):
+        proposal.tokens.append(token)
+
+
+def _drawn(logits_BV: torch.Tensor, rows: Sequence[Row], proposals: Sequence[Proposal]) -> list[int]:
     by_setting: dict[object, list[int]] = {}
     for index, row in enumerate(rows):
         by_setting.setdefault(row.choosing, []).append(index)
+    found: dict[int, int] = {}
     for indices in by_setting.values():
         cfg = rows[indices[0]].choosing
         sources = [replace(rows[i].source, tokens=[*rows[i].tokens, *proposals[i].tokens]) for i in indices]
         logits = shaped(logits_BV[indices], cfg, sources)
         if cfg.temperature == 0:
-            for i, token in zip(indices, logits.argmax(-1).tolist(), strict=True):
-                proposals[i].tokens.append(token)
+            found |= zip(indices, logits.argmax(-1).tolist(), strict=True)
             continue
         probs = logits.softmax(-1)
         tokens = drawn(probs, sources)
-        own = probs.gather(1, tokens[:, None])[:, 0]
-        for i, token, probs_V, prob in zip(indices, tokens.tolist(), probs, own.tolist(), strict=True):
-            proposals[i].tokens.append(token)
+        found |= zip(indices, tokens.tolist(), strict=True)
+        own = probs.gather(1, tokens[:, None])[:, 0].tolist()
+        for i, probs_V, prob in zip(indices, probs, own, strict=True):
             proposals[i].probs.append(probs_V)
             proposals[i].own.append(prob)
+    return [found[index] for index in range(len(rows))]
+
+
+def agreed(team: Team, decide: Callable[[], Decided]) -> Decided:
+    """What rank 0 of the tensor-parallel ranks decides, on all of them: they could differ in the last bit of a chance.
+
+    Raises:
+        FirstRankFailed: on the other ranks, where `decide` raised on rank 0.
+    """
+    if team.axis.size == 1:
+        return decide()
+    told: list[Any] = [None]
+    try:
+        if team.axis.rank == 0:
+            told = [decide()]
+    finally:
+        dist.broadcast_object_list(told, group=team.axis.group, device=team.device, group_src=0)
+    if told[0] is None:
+        raise FirstRankFailed("rank 0 of the tensor-parallel ranks could not choose the next tokens; see its error")
+    return told[0]

@@ -16,7 +16,7 @@ import torch
 from models.blocks.router import Tokens
 from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache, pieces_of
-from models.generation.forward import attended, embedded, feed_forward, logits_of, normed_states
+from models.generation.forward import attended, embedded, feed_forward, logits_of, normed_states, rms_norm
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def extend(
     hidden, made = embedded(model, tokens_T), []
     for index, (layer, own) in enumerate(zip(model.layers.values(), cache.layers, strict=True)):
         assert isinstance(layer, Layer)
-        normed, old = layer.attn_norm(hidden)[0], () if tail is None else tail.layers[index]
+        normed, old = rms_norm(layer.attn_norm, hidden), () if tail is None else tail.layers[index]
         meet = _Meet(own, old, meetings[own.window])
         found = attended(layer.attn, normed, cos, sin, meet)
         made.append(meet.tail)

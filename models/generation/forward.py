@@ -67,7 +67,7 @@ def prompt_states(
     hidden = embedded(model, tokens_T)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
-        normed = _rms_norm(layer.attn_norm, hidden)
+        normed = rms_norm(layer.attn_norm, hidden)
         if isinstance(layer.attn, LatentAttention):
             hidden = _latent_prompts(layer.attn, normed, hidden, packing, own, slots)
         else:
@@ -88,7 +88,7 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
     hidden = embedded(model, tokens_B)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
-        normed, plan = _rms_norm(layer.attn_norm, hidden), plans[own.window]
+        normed, plan = rms_norm(layer.attn_norm, hidden), plans[own.window]
         found = attended(layer.attn, normed, cos, sin, partial(_meet_cache, own, plan))
         hidden = layer.attn.out(found, hidden)
         hidden = feed_forward(layer, hidden, routed)
@@ -99,7 +99,7 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
 def normed_states(model: Decoder, hidden_ND: torch.Tensor) -> torch.Tensor:
     """The last layer's output after the final norm [N, D]."""
     assert model.norm is not None
-    return _rms_norm(model.norm, hidden_ND)
+    return rms_norm(model.norm, hidden_ND)
 
 
 @torch.no_grad()
@@ -119,13 +119,13 @@ def embedded(model: Decoder, tokens_T: torch.Tensor) -> torch.Tensor:
     return model.embed(tokens_T)
 
 
-def _rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+def rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """`norm(x)` as one call of torch: in a step of few rows calls are what the small operations cost."""
     return F.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.eps).to(compute_dtype(x))
 
 
 def feed_forward(layer: Layer, hidden_TD: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    normed = _rms_norm(layer.mlp_norm, hidden_TD)
+    normed = rms_norm(layer.mlp_norm, hidden_TD)
     if isinstance(layer.mlp, MoE):
         return layer.mlp(normed, hidden_TD, None, tokens)
     return layer.mlp(normed, hidden_TD, None)
@@ -138,7 +138,7 @@ def _qkv(attn: Attention, normed_TD: torch.Tensor) -> torch.Tensor:
         return qkv
     q, k, v = qkv.split(heads.parts, 1)
     parts = ((attn.q_norm, q), (attn.k_norm, k))
-    q, k = (_rms_norm(norm, x.unflatten(1, (-1, heads.dim))).flatten(1) for norm, x in parts)
+    q, k = (rms_norm(norm, x.unflatten(1, (-1, heads.dim))).flatten(1) for norm, x in parts)
     return torch.cat([q, k, v], 1)
 
 

@@ -3,7 +3,6 @@ batching, Yu et al. 2022, Orca)."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain
 
 import torch
@@ -107,7 +106,7 @@ class Generator:
             each if isinstance(each, Request) else _request(each, sampling or SamplingConfig(), index)
             for index, each in enumerate(prompts)
         ]
-        self.team.check_alike(requests, self.config, self.stop_tokens)
+        self.team.check_alike(requests, self.config, self.stop_tokens, self.draft and self.draft.cfg)
         parts = (self.model.cfg, self.tokenizer, self.stop_tokens, self.config, self._constraints)
         return made_groups(requests, *parts)
 
@@ -163,7 +162,7 @@ class _Batch:
         if not self.rows:
             return
         if self.speculation is not None:
-            yield from self.speculation.turn(self.rows, self.cache, partial(_chosen, team=self.team))
+            yield from self.speculation.turn(self.rows, self.cache)
             return
         self.cache.fit(len(self.rows), max(row.cached for row in self.rows) + 1)
         last = [row.tokens[-1] for row in self.rows]

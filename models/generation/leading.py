@@ -43,7 +43,8 @@ class _Leader(Generator):
     """Tells the other ranks what it is asked for."""
 
     def __init__(self, led: Generator) -> None:
-        super().__init__(led.model, led.tokenizer, led.config, led.stop_tokens)
+        super().__init__(led.model, led.tokenizer, led.config, led.stop_tokens, led.draft)
+        self.draft_stats = led.draft_stats
         self._stream: GeneratorType[Step, None, None] | None = None
 
     def generate(self, prompts: Prompts, sampling: Settings | None = None) -> list[Completion]:

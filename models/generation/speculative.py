@@ -9,7 +9,7 @@ All chances come from a row's seed, its sample's number, the token's place and w
 is, a row's text is the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 
@@ -18,13 +18,11 @@ import torch
 from models.decoder import Decoder
 from models.generation.cache import Cache
 from models.generation.config import GeneratorConfig, SamplingConfig, Step
-from models.generation.drafting import Drafter, Proposal
+from models.generation.drafting import Drafter, Proposal, agreed
 from models.generation.extend import commit, extend
 from models.generation.rows import Row
 from models.generation.sampling import Source, drawn, log_prob_of, shaped, uniform_of
-
-Plain = Callable[[torch.Tensor, Sequence[Row]], Iterable[Step]]
-"""The next token of rows, from their logits [N, V]."""
+from models.generation.team import Team
 
 
 @dataclass
@@ -53,7 +51,7 @@ def check_draft(model: Decoder, draft: Decoder) -> None:
     """Whether the two fit.
 
     Raises:
-        ValueError: the draft has another vocabulary or none, lies elsewhere, or one of the two is cut over ranks.
+        ValueError: the draft has another vocabulary or none, or lies on another device.
     """
     if draft.cfg.head != "lm":
         raise ValueError(f"the draft has head={draft.cfg.head!r}, which gives no tokens; give a language model")
@@ -63,8 +61,6 @@ def check_draft(model: Decoder, draft: Decoder) -> None:
             f"the draft's vocabulary has {theirs} tokens and the model's {ours}; a draft must have the model's "
             "tokenizer: take a smaller model of the same family"
         )
-    if model.place.tp.size > 1 or draft.place.tp.size > 1:
-        raise ValueError("a draft works with one process (tp=1); generate without it, or load both models with tp=1")
     where, there = (next(m.parameters()).device for m in (model, draft))
     if where != there:
         raise ValueError(f"the draft lies on {there} and the model on {where}; move the draft: draft.to('{where}')")
@@ -74,47 +70,29 @@ class Speculation:
     """Turns of a batch with a draft: each row gets one token or more."""
 
     def __init__(self, model: Decoder, draft: Decoder, config: GeneratorConfig, stats: DraftStats) -> None:
-        self.model, self.stats = model, stats
-        self.drafter = Drafter(draft, config)
+        self.model, self.stats, self.team = model, stats, Team.of(model)
+        self.drafter = Drafter(draft, config, self.team)
 
-    def turn(self, rows: Sequence[Row], cache: Cache, plain: Plain) -> list[Step]:
-        """One forward of the model over the last token and the proposals of each row; all rows are alive.
-
-        `plain` chooses for rows without proposals.
-        """
+    def turn(self, rows: Sequence[Row], cache: Cache) -> list[Step]:
+        """One forward of the model over the last token and the proposals of each row; all rows are alive."""
         proposals = self.drafter.propose(rows)
         chunks = [[row.tokens[-1], *own.tokens] for row, own in zip(rows, proposals, strict=True)]
         logits, tail = extend(self.model, chunks, [row.cached for row in rows], cache)
-        steps = self._steps(logits, rows, proposals, plain)
-        counts = [len(steps[row]) for row in rows]
-        cache.fit(len(rows), max(row.cached + n for row, n in zip(rows, counts, strict=True)))
-        commit(cache, tail, counts)
-        for row, count in zip(rows, counts, strict=True):
+        steps: list[Step] = []
+        taken: list[int] = []
+        for row, chosen in zip(rows, agreed(self.team, lambda: judged(logits, rows, proposals)), strict=True):
+            new = list(_pushed(row, chosen))
+            steps += new
+            taken.append(len(new))
+            self.stats.accepted += min(len(new), len(chosen) - 1)
+        cache.fit(len(rows), max(row.cached + n for row, n in zip(rows, taken, strict=True)))
+        commit(cache, tail, taken)
+        for row, count in zip(rows, taken, strict=True):
             row.cached += count
-        return [step for row in rows for step in steps[row]]
-
-    def _steps(
-        self, logits_TV: torch.Tensor, rows: Sequence[Row], proposals: Sequence[Proposal], plain: Plain
-    ) -> dict[Row, list[Step]]:
-        """What each row gets; the draft hears how far its proposals were taken."""
-        parts = dict(zip(rows, logits_TV.split([len(own.tokens) + 1 for own in proposals]), strict=True))
-        asked = {row: own for row, own in zip(rows, proposals, strict=True) if own.tokens}
-        alone = [row for row in rows if row not in asked]
-        steps: dict[Row, list[Step]] = {}
-        if alone:
-            new = plain(torch.cat([parts[row] for row in alone]), alone)
-            steps |= {row: [step] for row, step in zip(alone, new, strict=True)}
-        accepted = {}
-        if asked:
-            found = judged(torch.cat([parts[row] for row in asked]), list(asked), list(asked.values()))
-            for row, chosen in zip(asked, found, strict=True):
-                steps[row] = list(_pushed(row, chosen))
-                accepted[row] = min(len(steps[row]), len(chosen) - 1)
-        self.drafter.keep(accepted)
+        self.drafter.keep()
         self.stats.forwards += len(rows)
-        self.stats.tokens += sum(map(len, steps.values()))
+        self.stats.tokens += len(steps)
         self.stats.proposed += sum(len(own.tokens) for own in proposals)
-        self.stats.accepted += sum(accepted.values())
         return steps
 
 
