@@ -99,8 +99,8 @@ def bf16_texts(cfg: ModelConfig) -> list[Completion]:
 def texts_with_stops(cfg: ModelConfig, pooled: bool = True) -> tuple[list[Completion], list[Step]]:
     """Rows that end by strings, tokens and lengths, and prompts that cannot be run; at once and as a stream."""
     generator = Generator(decoder(cfg, tp_cases.here() if pooled else SINGLE), Letters(), SMALL)
-    settings = SamplingConfig(max_new_tokens=20, temperature=1.2, stop=("AB", "C", "xyz"), stop_tokens=(5, 6))
-    asked = [*prompts_of(cfg), [], [cfg.vocab_size], "HELLO"]
+    settings = SamplingConfig(max_new_tokens=10, temperature=1.2, stop=("AB", "C", "xyz"), stop_tokens=(5, 6))
+    asked = [*prompts_of(cfg, (3, 30, 8, 17)), [], [cfg.vocab_size], "HELLO"]
     return generator.generate(asked, settings), list(generator.stream_generate(asked, settings))
 
 

@@ -36,7 +36,7 @@ MODELS = {
 }  # fmt: skip
 """Every family; one key/value head for all heads; windows on every layer; a vocabulary that ranks do not divide."""
 
-ON_FOUR = ("tiny_qwen2", "llama_one_group", "padded_tied_biases", "tiny_mixtral", "tiny_deepseek_v3")
+ON_FOUR = ("llama_one_group", "padded_tied_biases", "tiny_deepseek_v3")
 
 
 @functools.cache
