@@ -21,7 +21,6 @@ Commands in a conversation (a message that begins with / needs a space before it
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -32,10 +31,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.generation import GeneratorConfig
+from models.generation.dialogue import Dialogue
 from trainer.failure import told_clearly
-from trainer.inference.conversation import Conversation, settings_shown
+from trainer.inference.conversation import Conversation, TooLong, settings_shown
 from trainer.inference.loading import DTYPES, generator_of, open_text_model
-from trainer.inference.settings import device_of
+from trainer.inference.settings import device_of, words_of
 
 COMMANDS = (__doc__ or "").partition("\n\nCommands in")[2].rstrip()
 
@@ -116,7 +116,7 @@ class Terminal:
             kept = "what came of the answer stays" if talk.last and talk.last.tokens else "the question is forgotten"
             say(f"(stopped; {kept})")
             return
-        except ValueError as error:
+        except TooLong as error:
             way_out = ": /undo takes back the last turn, /reset forgets all" if talk.turns else ""
             raise ValueError(f"{error}{way_out}") from error
         print(flush=True)
@@ -127,13 +127,9 @@ class Terminal:
         say(f"Commands in{COMMANDS}")
 
     def set(self, words: str) -> None:
-        try:
-            parts = shlex.split(words)
-        except ValueError as error:
-            raise ValueError(f"/set {words}: {error}; put texts with spaces between two quotes") from error
-        if not parts:
+        if not words:
             raise ValueError("/set needs settings, such as /set temperature=0.7; /show shows them")
-        self.talk.set(parts)
+        self.talk.set(words_of(words))
         say(f"({settings_shown(self.talk.sampling)})")
 
     def system(self, text: str) -> None:
@@ -221,7 +217,7 @@ def open_talk(args: argparse.Namespace) -> tuple[Conversation, str]:
     generator = generator_of(found, device=device, dtype=precision, config=config)
     given: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     about = f"{args.model}: {found.opened.cfg.family}, {precision} on {device}"
-    return Conversation(generator, found.render, given, args.system), about
+    return Conversation(Dialogue(generator), found.render, given, args.system), about
 
 
 def main() -> int:

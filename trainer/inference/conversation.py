@@ -11,8 +11,9 @@ from typing import Any
 
 from data.chat import Render
 from data.formats import RowError
-from models.generation import Generator, Request, SamplingConfig, sampling_config
+from models.generation import Request, SamplingConfig, sampling_config
 from models.generation.config import Finish
+from models.generation.dialogue import Dialogue
 from models.generation.search_config import search_kind
 from trainer.inference.settings import settings_of
 
@@ -20,6 +21,10 @@ SHOWN = ("max_new_tokens", "temperature", "seed")
 Message = dict[str, Any]
 UNUSED = ("samples", "log_probs")
 """Settings without effect on a conversation."""
+
+
+class TooLong(ValueError):
+    """A conversation has no room in the context."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Conversation:
         ValueError: a setting that cannot be, or a system prompt that the chat template does not take.
     """
 
-    generator: Generator
+    dialogue: Dialogue
     render: Render
     given: dict[str, Any] = field(default_factory=dict)
     """Settings as for `sampling_config`."""
@@ -60,7 +65,7 @@ class Conversation:
     @property
     def context(self) -> int:
         """Most tokens of a conversation."""
-        return self.generator.model.cfg.max_seq_len
+        return self.dialogue.model.cfg.max_seq_len
 
     def set(self, words: Sequence[str]) -> None:
         """Change settings, all or none of `temperature=0.7 top_p=0.9`.
@@ -92,12 +97,13 @@ class Conversation:
         """The answer in pieces, as they come. However it ends (it may be closed), what came of it is kept.
 
         Raises:
-            ValueError: the conversation has no room in the context, or the chat template refuses it.
+            TooLong: the conversation has no room in the context.
+            ValueError: the chat template refuses it.
         """
         asked = {"role": "user", "content": question}
         prompt = self._tokens([*self._messages(), asked], True)
         if len(prompt) >= self.context:
-            raise ValueError(
+            raise TooLong(
                 f"the conversation has {len(prompt):,} tokens with this question, and the model's context is "
                 f"{self.context:,}; {'forget some of it' if self.turns else 'shorten it'}"
             )
@@ -109,7 +115,7 @@ class Conversation:
         text, tokens, finish, began = "", 0, None, time.perf_counter()
         first = began
         try:
-            for step in self.generator.stream_generate([request]):
+            for step in self.dialogue.stream(request):
                 if step.token is None:
                     raise ValueError(step.error)
                 if not tokens:
@@ -147,7 +153,7 @@ class Conversation:
             raise ValueError(str(error)) from error
 
     def _tokens(self, messages: list[Message], ask: bool) -> list[int]:
-        tokenizer: Any = self.generator.tokenizer
+        tokenizer: Any = self.dialogue.generator.tokenizer
         return tokenizer.encode(self._written(messages, ask), add_special_tokens=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,21 @@ import torch
 
 TEXTS, LISTS = ("regex",), ("stop", "allowed")
 """Settings that are a text whatever it looks like; lists of texts, of which a single one may stand without brackets."""
+
+
+def words_of(line: str) -> list[str]:
+    """The words for `settings_of` in a line such as `temperature=0.7 stop=["a b", "c"] regex='[a-z ]+'`.
+
+    A value goes on up to the next KEY=; quotes around a whole value are not part of it.
+    """
+    words = []
+    for word in re.split(r"\s+(?=\w+=)", line.strip()):
+        key, equals, value = word.partition("=")
+        quotes = "'\"" if key in TEXTS else "'"
+        if len(value) > 1 and value[0] == value[-1] and value[0] in quotes:
+            value = value[1:-1]
+        words.append(key + equals + value)
+    return words
 
 
 def settings_of(words: Sequence[str]) -> dict[str, Any]:
@@ -46,6 +62,8 @@ def device_of(name: str | None, option: str = "--device") -> torch.device:
 
 
 def _value(key: str, text: str) -> Any:
+    if text == "null":
+        return None
     if key in TEXTS or (key in LISTS and not text.startswith(("[", '"'))):
         return [text] if key in LISTS else text
     try:

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models.generation import Generator
+from models.generation.dialogue import Dialogue
 from tests.convert_cases import SMOLLM2
 from trainer.inference.conversation import Conversation
 
@@ -124,7 +124,7 @@ def test_sampled_answers_follow_the_seed_and_differ_between_tries(talk: Talk) ->
         ("/set heat=1", "heat: there is no such setting"),
         ("/set temperature=warm", "temperature='warm': give a number"),
         ("/set top_p=0.5", "top_p=0.5: has no effect at temperature=0"),
-        ("/set stop='a", "No closing quotation"),
+        ("/set warm temperature=1", "'warm' is no setting; write KEY=VALUE"),
         ("/set samples=2", "samples: has no effect on a conversation"),
         ("/set num_beams=2", "cannot be shown as it comes"),
         ("/undo", "nothing was said yet"),
@@ -148,13 +148,15 @@ def test_a_full_context_and_the_ways_out(talk: Talk) -> None:
 def test_stop_strings_and_settings_are_typed_like_words(folder: Path, talk: Talk) -> None:
     whole = theirs(folder, [{"role": "user", "content": "abc"}], 8)
     end = whole.split()[2]
-    answers, _ = talk(f"/set max_new_tokens=8 stop={end}", "abc", f"""/set 'stop=["{end}", "x y"]'""", "/retry")
+    answers, _ = talk(f"/set max_new_tokens=8 stop={end}", "abc", f'/set stop=["{end}", "x y"]', "/retry")
     assert answers == [whole[: whole.index(end)]] * 2
+    _, told = talk('/set allowed=["h g", "b"] seed=1', "/set allowed=null regex='a [bc]'")
+    assert 'seed=1 allowed=["h g", "b"])' in told and 'seed=1 regex="a [bc]")' in told
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(folder: Path, monkeypatch, capsys) -> None:
     """At a terminal: once in the middle of an answer, once before its first token, once at the prompt."""
-    stream, stop_at = Generator.stream_generate, iter([2, 0, 99])
+    stream, stop_at = Dialogue.stream, iter([2, 0, 99])
 
     def interrupted(*given: Any) -> Iterator[Any]:
         last = next(stop_at)
@@ -171,7 +173,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(folder: Path, monke
             raise line
         return line
 
-    monkeypatch.setattr(Generator, "stream_generate", interrupted)
+    monkeypatch.setattr(Dialogue, "stream", interrupted)
     monkeypatch.setattr(builtins, "input", typed)
     monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
     assert run(monkeypatch, "--model", folder, "--max-new-tokens", 5) == 0
@@ -201,7 +203,7 @@ def test_a_template_that_refuses_is_told(folder: Path) -> None:
 
     opened, _ = chat.open_talk(chat.arguments(["--model", str(folder)]))
     with pytest.raises(ValueError, match="refuses the conversation: no"):
-        list(Conversation(opened.generator, refuse).answer("a"))
+        list(Conversation(opened.dialogue, refuse).answer("a"))
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(folder: Path, monkeypatch, capsys) -> None:
