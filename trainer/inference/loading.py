@@ -163,12 +163,17 @@ def check_draft(model: TextModel, draft: TextModel) -> None:
 
 
 def tp_problem(opened: Opened, tp: int) -> str | None:
-    """Why so many ranks cannot share a model; None if they can."""
+    """Why so many ranks cannot share a model, and how many can; None if they can."""
+    if (reason := _uneven(opened, tp)) is None:
+        return None
+    ways = ", ".join(f"{n}" for n in range(1, opened.cfg.num_heads + 1) if _uneven(opened, n) is None)
+    return f"{opened.path} cannot be shared by {tp} ranks: tp={tp} {reason}; tp may be {ways}"
+
+
+def _uneven(opened: Opened, tp: int) -> str | None:
+    """The reason of the layout rules."""
     layout = layout_rules.Layout(opened.cfg, ParallelConfig(tp=tp), EngineConfig(), DATA)
-    for fault in layout_rules.broken(layout, tp):
-        if fault.key == "parallel.tp":
-            return f"{opened.path} cannot be shared by {tp} ranks: tp={tp} {fault.reason}"
-    return None
+    return next((fault.reason for fault in layout_rules.broken(layout, tp) if fault.key == "parallel.tp"), None)
 
 
 def _renderer(tokenizer: Any, folder: str, template: str | Path | None) -> Render | None:
