@@ -18,7 +18,6 @@ from tests.pool import Pool
 
 ASKED = [
     "The capital of France is",
-    "def fib(n):",
     "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
 ]
 
