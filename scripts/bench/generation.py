@@ -118,8 +118,9 @@ def main() -> None:
         measure(args, args.samples, args.hf_sampled_rows, args.rows[1])
     if "growth" in parts:
         points = generation_growth.measure(args.model, args.threads, quick=args.quick)
-        print(f"\n{generation_growth.table(points)}")
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        picture = args.json.with_name("generation_growth.png")
+        generation_growth.plot(points, picture)
+        print(f"\n{generation_growth.table(points)}\npicture: {picture}")
         with args.json.open("a") as file:
             file.write(json.dumps({"bench": "generation, growth", "points": [vars(point) for point in points]}) + "\n")
 

@@ -6,13 +6,17 @@ read once. Products run as fast as one large product of oneDNN, reads as fast as
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
+from matplotlib.figure import Figure
 
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -21,6 +25,7 @@ from models.generation.cache import Cache
 from models.generation.forward import decode
 from models.generation.packing import packed_decoder
 from parallel.matmul import product_nt
+from scripts.bench.harness import ROOT, child_environment
 from trainer.inference.loading import load_generator
 
 ROWS = 8
@@ -98,7 +103,7 @@ def filled(model: Decoder, lengths: Sequence[int], room: int) -> Cache:
 
 
 def step(model: Decoder, name: str, lengths: Sequence[int], room: int, machine: Machine, times: int) -> Point:
-    """Time the same step again and again: the new token is written over the last one."""
+    """Time the same step again and again, the fastest counts: the new token is written over the last one."""
     cache, before = filled(model, lengths, room), [n - 1 for n in lengths]
     wall, cpu = [], []
     for _ in range(times + 1):
@@ -107,10 +112,26 @@ def step(model: Decoder, name: str, lengths: Sequence[int], room: int, machine: 
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - used)
     floor = Floor.of(model.cfg, lengths).seconds(machine)
-    return Point(name, sum(lengths), median(wall[1:]) * 1e3, median(cpu[1:]) * 1e3, floor * 1e3)
+    return Point(name, sum(lengths), min(wall[1:]) * 1e3, min(cpu[1:]) * 1e3, floor * 1e3)
 
 
 def measure(folder: Path, threads: int, quick: bool) -> list[Point]:
+    """`steps` in a process of its own, in the environment that contenders have.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-m", "scripts.bench.generation_growth", str(folder), "--threads", str(threads)]
+    done = subprocess.run(
+        [*command, *(["--quick"] if quick else [])],
+        cwd=ROOT, env=child_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the steps could not be timed:\n{done.stderr[-2000:]}")
+    return [Point(**each) for each in json.loads(done.stdout.splitlines()[-1])]
+
+
+def steps(folder: Path, threads: int, quick: bool) -> list[Point]:
     """Rows of equal lengths; then rows that live in a cache with far more places, and rows of unequal lengths."""
     torch.set_num_threads(threads)
     model = load_generator(folder, device=torch.device("cpu")).model
@@ -129,12 +150,44 @@ def table(points: Sequence[Point]) -> str:
     """What a step costs, and what a cached token adds to it over the first line."""
     lines = [
         f"a step of {ROWS} rows, by the tokens they have",
-        f"{'tokens':<28}{'cached':>8}{'wall ms':>9}{'CPU ms':>9}{'floor ms':>10}{'us a cached token':>19}",
+        f"{'tokens':<28}{'cached':>8}{'wall ms':>9}{'CPU ms':>9}{'floor ms':>10}{'CPU us a cached token':>23}",
     ]
     first = points[0]
     for point in points:
         more = point.cached - first.cached
-        slope = f"{(point.wall_ms - first.wall_ms) / more * 1e3:.2f}" if more else ""
+        slope = f"{(point.cpu_ms - first.cpu_ms) / more * 1e3:.2f}" if more else ""
         times = f"{point.wall_ms:>9.1f}{point.cpu_ms:>9.1f}{point.floor_ms:>10.1f}"
-        lines.append(f"{point.name:<28}{point.cached:>8}{times}{slope:>19}")
+        lines.append(f"{point.name:<28}{point.cached:>8}{times}{slope:>23}")
     return "\n".join(lines)
+
+
+def plot(points: Sequence[Point], path: Path) -> None:
+    """Milliseconds of a step over the tokens in the cache, as a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    ordered = sorted(points, key=lambda point: point.cached)
+    cached = [point.cached for point in ordered]
+    for label, values in (
+        ("CPU", [point.cpu_ms for point in ordered]),
+        ("wall", [point.wall_ms for point in ordered]),
+        ("floor", [point.floor_ms for point in ordered]),
+    ):
+        axes.plot(cached, values, marker="o", label=label)
+    axes.set(xlabel=f"live tokens in the cache, {ROWS} rows", ylabel="ms a step", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Time the steps and print them as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    print(json.dumps([asdict(point) for point in steps(args.model, args.threads, args.quick)]))
+
+
+if __name__ == "__main__":
+    main()

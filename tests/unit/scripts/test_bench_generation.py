@@ -90,8 +90,10 @@ def test_the_floor_by_hand() -> None:
     assert floor.seconds(Machine(1e12, 1e3)) == pytest.approx((floor.weight_bytes + floor.cache_bytes) / 1e3)
 
 
-def test_growth_tells_what_a_cached_token_adds() -> None:
+def test_growth_tells_what_a_cached_token_adds(tmp_path: Path) -> None:
     points = [Point("a", 100, 10.0, 20.0, 5.0), Point("b", 600, 15.0, 30.0, 6.0), Point("c", 100, 10.0, 20.0, 5.0)]
     rows = [line.split() for line in generation_growth.table(points).splitlines()[2:]]
-    assert rows == [["a", "100", "10.0", "20.0", "5.0"], ["b", "600", "15.0", "30.0", "6.0", "10.00"],
+    assert rows == [["a", "100", "10.0", "20.0", "5.0"], ["b", "600", "15.0", "30.0", "6.0", "20.00"],
                     ["c", "100", "10.0", "20.0", "5.0"]]  # fmt: skip
+    generation_growth.plot(points, tmp_path / "new" / "growth.png")
+    assert (tmp_path / "new" / "growth.png").read_bytes().startswith(b"\x89PNG")
