@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from data.cache import Maker, open_cache
 from data.config import SourceConfig
@@ -19,6 +20,39 @@ def test_facts_of_a_folder(tokenizer_folder: str) -> None:
     assert (info.vocab_size, info.eos_id, info.pad_id, info.bos_id, info.adds_bos) == (258, 257, 257, None, False)
     assert info.has_chat_template
     assert vocab_size_of(tokenizer_folder) == 258
+
+
+MODELS = ("llama", "qwen2", "qwen3", "mixtral", "mistral", "deepseek_v3", "bert", "unheard_of")
+CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizerFast", "Qwen2Tokenizer", "Unheard", None)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_beside_a_model_a_tokenizer_is_of_the_class_that_transformers_gives_it(
+    model: str, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's config is not loaded for it where the tokenizer's files name a class."""
+    for file in Path(tokenizer_folder).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    asked: list[object] = []
+    load = AutoConfig.from_pretrained
+
+    def watched(*given: Any, **more: Any) -> Any:
+        asked.append(given)
+        return load(*given, **more)
+
+    for name in CLASSES:
+        settings.pop("tokenizer_class", None)
+        path.write_text(json.dumps(settings | ({"tokenizer_class": name} if name else {})))
+        want = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(AutoConfig, "from_pretrained", watched)
+            found = load_tokenizer(str(tmp_path))
+        assert type(found) is type(want) and found.backend_tokenizer.to_str() == want.backend_tokenizer.to_str()
+        assert found.special_tokens_map == want.special_tokens_map and found.chat_template == want.chat_template
+        assert bool(asked) == (name is None)
 
 
 def test_folders_that_hold_no_tokenizer(tmp_path: Path) -> None:
