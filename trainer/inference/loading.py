@@ -85,7 +85,7 @@ def open_text_model(
 def load_generator(
     path: str | Path,
     *,
-    device: torch.device,
+    device: torch.device | str,
     dtype: Dtype = "fp32",
     config: GeneratorConfig | None = None,
     groups: Groups | None = None,
@@ -107,7 +107,7 @@ def load_generator(
 def generator_of(
     found: TextModel,
     *,
-    device: torch.device,
+    device: torch.device | str,
     dtype: Dtype = "fp32",
     config: GeneratorConfig | None = None,
     groups: Groups | None = None,
@@ -127,8 +127,9 @@ def generator_of(
         ValueError: tensors are not the model's, do not fit into memory, or cannot be shared by so many tp ranks.
     """
     place = SINGLE if groups is None else Place(tp=groups.tp)
-    model = _filled(found.opened, place, device, dtype)
-    small = None if draft is None else _filled(draft.opened, place, device, dtype)
+    where = torch.device(device)
+    model = _filled(found.opened, place, where, dtype)
+    small = None if draft is None else _filled(draft.opened, place, where, dtype)
     return Generator(model, found.tokenizer, config, found.stop_tokens, small)
 
 
