@@ -11,7 +11,7 @@ from models.generation.config import Request, Step
 from models.generation.extend import commit, extend
 from models.generation.forward import decode, prefill
 from models.generation.generator import Generator
-from models.generation.packing import packed_decoder
+from models.generation.packing import FEWEST_STEPS, packed_decoder
 from models.generation.rows import Row
 from models.generation.sampling import choose
 
@@ -25,8 +25,8 @@ class Dialogue:
     """The turns of one conversation. What was run stays in the cache; any prompt may follow, also a shorter one.
 
     Args:
-        generator: whole in one process; its draft is not used. On a CPU a packed copy of its weights is made after the
-            first token, and lives until `close`.
+        generator: whole in one process; its draft is not used. On a CPU a packed copy of its weights is made when
+            it is likely to pay, after the first tokens, and lives until `close`.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -36,6 +36,7 @@ class Dialogue:
         self._tokens: list[int] = []
         """What the cache holds."""
         self._packed: ExitStack | None = None
+        self._steps_made = 0
 
     def stream(self, request: Request) -> Iterator[Step]:
         """The steps of one text, as `Generator.stream_generate` gives them. May be left before its end.
@@ -62,11 +63,13 @@ class Dialogue:
     def _steps(self, row: Row) -> Iterator[Step]:
         logits_1V = self._begun(row.prompt)
         yield _pushed(row, logits_1V)
-        self._pack()
         while row.finish is None:
             self.cache.fit(1, len(self._tokens) + 1)
             logits_1V = decode(self.model, row.tokens[-1:], [len(self._tokens)], self.cache)
             self._tokens.append(row.tokens[-1])
+            self._steps_made += 1
+            if self._steps_made == FEWEST_STEPS:
+                self._pack()
             yield _pushed(row, logits_1V)
 
     def _begun(self, prompt: Sequence[int]) -> torch.Tensor:
@@ -102,9 +105,9 @@ class Dialogue:
         return known
 
     def _pack(self) -> None:
-        if self._packed is None:
-            self._packed = ExitStack()
-            self._packed.enter_context(packed_decoder(self.model, self.model.cfg.max_seq_len))
+        """Costs as much as it saves in `FEWEST_STEPS` steps: after as many, at worst twice the time is lost."""
+        self._packed = ExitStack()
+        self._packed.enter_context(packed_decoder(self.model, self.model.cfg.max_seq_len))
 
 
 def _pushed(row: Row, logits_1V: torch.Tensor) -> Step:
