@@ -82,7 +82,8 @@ def test_killed_and_started_again(
     assert f"going on with {place.folder}: {len(kept)} of {ROWS} rows are done" in told.out
     assert f"wrote {out}: {ROWS} rows" in told.out
     assert (
-        f"worker {killed[0]} was ended by SIGKILL (is there too little memory?); its rows go to the others" in told.err
+        f"worker {killed[0]} was ended by SIGKILL (too little memory? fewer workers need less); its rows go to the others"
+        in told.err
     )
     found = out.read_bytes().splitlines(keepends=True)
     assert [json.loads(line)["id"] for line in found] == list(range(ROWS))

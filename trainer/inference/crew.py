@@ -150,7 +150,7 @@ class Crew:
                 return
             raise ValueError(
                 f"all workers have died, the last of them: {why}. What is done is kept in {self.place.folder}, and the "
-                "same command goes on with it; fewer workers need less memory"
+                "same command goes on with it"
             )
         bar.write(f"{why}; its rows go to the others", file=sys.stderr)
 
@@ -160,7 +160,7 @@ class Crew:
             return f"{name} failed: {member.failed.reason}"
         code = member.process.exitcode or 0
         if code < 0:
-            memory = " (is there too little memory?)" if -code == signal.SIGKILL else ""
+            memory = " (too little memory? fewer workers need less)" if -code == signal.SIGKILL else ""
             return f"{name} was ended by {signal.Signals(-code).name}{memory}"
         return f"{name} ended with code {code}"
 
@@ -199,7 +199,7 @@ class Crew:
         self._speeds.append((now, tokens))
         then, before = self._speeds[0]
         live = len({each.task.worker for each in self.members if not each.gone})
-        where = f" + {len(self._others)} other session(s)" if self._others else ""
-        speed = (tokens - before) / max(now - then, 1e-9)
-        bar.set_postfix_str(f"{speed:,.0f} tokens/s, {live} worker(s){where}", refresh=False)
+        parts = [f"{(tokens - before) / max(now - then, 1e-9):,.0f} tokens/s"]
+        parts += [f"{live} worker(s)"] * (live > 0) + [f"{len(self._others)} other session(s)"] * bool(self._others)
+        bar.set_postfix_str(", ".join(parts), refresh=False)
         bar.update(min(rows, self.rows) - bar.n)

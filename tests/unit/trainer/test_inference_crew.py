@@ -89,7 +89,9 @@ def test_a_worker_dies_with_all_its_ranks_and_the_others_are_told(
     assert not crew.members[0].process.is_alive() and crew.members[2].process.is_alive()
     assert not crew.sessions.alive(Owner(crew.session.name, 0)) and crew.sessions.alive(Owner(crew.session.name, 1))
     told = capsys.readouterr().err
-    assert "worker 0 was ended by SIGKILL (is there too little memory?); its rows go to the others" in told
+    assert (
+        "worker 0 was ended by SIGKILL (too little memory? fewer workers need less); its rows go to the others" in told
+    )
 
 
 def test_when_all_have_died_what_is_kept_is_told(crew: Crew) -> None:
