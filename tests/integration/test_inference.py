@@ -81,10 +81,7 @@ def test_killed_and_started_again(
     told = capfd.readouterr()
     assert f"going on with {place.folder}: {len(kept)} of {ROWS} rows are done" in told.out
     assert f"wrote {out}: {ROWS} rows" in told.out
-    assert (
-        f"worker {killed[0]} was ended by SIGKILL (too little memory? fewer workers need less); its rows go to the others"
-        in told.err
-    )
+    assert f"worker {killed[0]} was ended by SIGKILL" in told.err and "its rows go to the others" in told.err
     found = out.read_bytes().splitlines(keepends=True)
     assert [json.loads(line)["id"] for line in found] == list(range(ROWS))
     asked = [row["sampling"]["max_new_tokens"] for row in rows]
