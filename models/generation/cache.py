@@ -7,6 +7,8 @@ their order does not matter. Latent attention keeps one latent and one rotated k
 Legend: `S` slots; `B` live rows; `C` places for tokens of one slot.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,7 +93,7 @@ class LayerCache:
         """Give it other sizes; what still fits is kept."""
         made = []
         for old in self.tensors():
-            new = old.new_zeros(rows, self.groups, self.held(tokens), old.shape[-1], dtype=dtype)
+            new = _room(old, (rows, self.groups, self.held(tokens), old.shape[-1]), dtype)
             some, places = min(rows, old.shape[0]), min(new.shape[2], old.shape[2])
             new[:some, :, :places] = old[:some, :, :places]
             made.append(new)
@@ -204,6 +206,15 @@ def pieces_of(lengths: Sequence[int], device: torch.device) -> tuple[Piece, ...]
             mask = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, float("-inf"))[:, None, None]
         pieces.append(Piece(start, stop, longest, mask))
     return tuple(pieces)
+
+
+def _room(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros. On a CPU a page of them takes memory when something is written there, so room that no row comes to use
+    costs nothing."""
+    size = math.prod(shape) * dtype.itemsize
+    if like.device.type != "cpu" or size == 0:
+        return like.new_zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 def _layers(model: Decoder) -> list[Layer]:

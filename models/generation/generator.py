@@ -208,7 +208,18 @@ class _Batch:
             self.cache.move(len(self.rows), slot, last.cached)
             self.rows[slot] = last
         if new:
-            self.cache.fit(len(self.rows), max(max(row.cached, len(row.prompt)) for row in self.rows))
+            self.cache.fit(*self._room())
+
+    def _room(self) -> tuple[int, int]:
+        """Slots and places that are needed now; on a CPU, where room takes no memory, those that will be: then nothing
+        is copied while rows grow and come."""
+        live = [row for row in self.rows if row.finish is None]
+        if self.cache.layers[0].keys.device.type != "cpu":
+            return len(self.rows), max(max(row.cached, len(row.prompt)) for row in live)
+        places = max(row.reserve for row in live)
+        coming = len(self.rows) + sum(len(group.rows) - group.begun for group in self.waiting)
+        most = min(coming, self.config.max_rows, self.config.max_cached_tokens // places)
+        return max(len(self.rows), most), places
 
     def _begin(self, new: list[tuple[Group, Row]]) -> Iterator[Step]:
         """Run the prompts of new rows, once for the rows of one prompt, and choose their first tokens."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -139,6 +140,18 @@ def test_the_cache_stays_within_its_limit(plain: Decoder, monkeypatch: pytest.Mo
     assert max(rows * places for rows, places in sizes) <= 60
     assert max(rows for rows, _ in sizes) > 1
     assert tokens(small) == tokens(Generator(plain).generate(asked))
+
+
+def test_room_that_no_row_uses_takes_no_memory(plain: Decoder) -> None:
+    """Two layers of keys and values of 2 heads of 8: 2048 x 1024 places are 128 MiB each, and few are written."""
+    cache = Cache(plain, 2**30)
+    before = psutil.Process().memory_info().rss
+    cache.fit(2048, 1024)
+    for layer in cache.layers:
+        assert layer.keys.shape == (2048, 2, 1024, 8) and layer.keys.dtype is torch.float32
+        layer.put(2047, torch.ones(4, 2, 8), torch.ones(4, 2, 8))
+        assert layer.keys[2047, :, :5].sum() == 4 * 2 * 8 and layer.keys[5].count_nonzero() == 0
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
 
 
 def test_pieces_cover_all_rows_and_look_at_little_in_vain() -> None:
