@@ -6,6 +6,7 @@ from itertools import takewhile
 
 import torch
 
+from models.generation.batch import drawn_rows
 from models.generation.cache import Cache
 from models.generation.config import Request, Step
 from models.generation.extend import commit, extend
@@ -13,7 +14,6 @@ from models.generation.forward import decode, prefill
 from models.generation.generator import Generator
 from models.generation.packing import FEWEST_STEPS, packed_decoder
 from models.generation.rows import Row
-from models.generation.sampling import choose
 
 BLOCK = 128
 """New tokens of a forward: their scores against all others are in memory at one time, and their logits."""
@@ -44,7 +44,7 @@ class Dialogue:
         Raises:
             ValueError: impossible settings, or those of a search, or of several samples.
         """
-        (group,) = self.generator._groups([request], None)
+        (group,) = self.generator.groups([request])
         if group.search is not None or len(group.rows) > 1:
             raise ValueError("a dialogue has one text a turn, token by token: no search, samples=1")
         if group.error:
@@ -62,7 +62,7 @@ class Dialogue:
 
     def _steps(self, row: Row) -> Iterator[Step]:
         logits_1V = self._begun(row.prompt)
-        yield _pushed(row, logits_1V)
+        yield row.push(*drawn_rows(logits_1V, [row])[0])
         while row.finish is None:
             self.cache.fit(1, len(self._tokens) + 1)
             logits_1V = decode(self.model, row.tokens[-1:], [len(self._tokens)], self.cache)
@@ -70,7 +70,7 @@ class Dialogue:
             self._steps_made += 1
             if self._steps_made == FEWEST_STEPS:
                 self._pack()
-            yield _pushed(row, logits_1V)
+            yield row.push(*drawn_rows(logits_1V, [row])[0])
 
     def _begun(self, prompt: Sequence[int]) -> torch.Tensor:
         """Run what the cache has not of a prompt: the logits after it [1, V]."""
@@ -108,11 +108,3 @@ class Dialogue:
         """Costs as much as it saves in `FEWEST_STEPS` steps: after as many, at worst twice the time is lost."""
         self._packed = ExitStack()
         self._packed.enter_context(packed_decoder(self.model, self.model.cfg.max_seq_len))
-
-
-def _pushed(row: Row, logits_1V: torch.Tensor) -> Step:
-    found = choose(logits_1V, row.choosing, [row.source])
-    log_probs = None
-    if found.log_probs is not None and found.model_log_probs is not None:
-        log_probs = found.log_probs[0], found.model_log_probs[0]
-    return row.push(found.tokens[0], log_probs)

@@ -29,7 +29,8 @@ def packed_decoder(model: Decoder, steps: int) -> AbstractContextManager[None]:
         steps: how many will be made while it lasts, at most.
     """
     pairs = [module.gate_up.weight for module in model.modules() if isinstance(module, SwiGLU)]
-    weights = {weight: None for weight in _weights(model) if all(weight is not pair for pair in pairs)}
+    gated = set(pairs)
+    weights = {weight: None for weight in _weights(model) if weight not in gated}
     size = sum(weight.numel() * weight.element_size() for weight in (*weights, *pairs))
     if steps < FEWEST_STEPS or size * FREE_TIMES > psutil.virtual_memory().available:
         return nullcontext()

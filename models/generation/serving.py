@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from models.generation.batch import Batch
 from models.generation.config import Completion, Request, Step
-from models.generation.generator import Generator, _Batch
+from models.generation.generator import Generator
 from models.generation.packing import packed_decoder
 from models.generation.rows import Group
 from models.generation.speculative import Speculation
@@ -30,11 +31,11 @@ def serve(generator: Generator, take: Take) -> Iterator[Completion]:
         speculation = Speculation(model, draft, generator.config, generator.draft_stats)
     steps = model.cfg.max_seq_len
     with packed_decoder(model, steps), packed_decoder(draft or model, steps):
-        batch = _Batch(model, generator.config, deque(), speculation)
+        batch = Batch(model, generator.config, deque(), speculation)
         yield from _served(generator, batch, take)
 
 
-def _served(generator: Generator, batch: _Batch, take: Take) -> Iterator[Completion]:
+def _served(generator: Generator, batch: Batch, take: Take) -> Iterator[Completion]:
     live: dict[int, _Live] = {}
     count, more = 0, True
     while more or live:
@@ -52,8 +53,9 @@ def _served(generator: Generator, batch: _Batch, take: Take) -> Iterator[Complet
             else:
                 live[group.index] = _Live(group, len(group.rows))
                 batch.waiting.append(group)
-        found = deque(each.group for each in searches.values())
-        yield from _ended(generator, searches, generator._steps(found))
+        if searches:
+            found = [each.group for each in searches.values()]
+            yield from _ended(generator, searches, generator.steps(found))
         yield from _ended(generator, live, batch.admit())
         yield from _ended(generator, live, batch.step())
 
@@ -69,7 +71,7 @@ class _Live:
 def _group(generator: Generator, request: Request, number: int) -> Group | Completion:
     """The rows of a request, or the reason why there are none."""
     try:
-        (group,) = generator._groups([request], None)
+        (group,) = generator.groups([request])
     except ValueError as error:
         prompt = () if isinstance(request.prompt, str) else tuple(request.prompt)
         return Completion(number, 0, prompt, (), None, "error", " ".join(f"{error}".split()))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import Decoder, ModelConfig, build
-from models.generation import Completion, Generator, GeneratorConfig, Request, SamplingConfig, generator
+from models.generation import Completion, Generator, GeneratorConfig, Request, SamplingConfig, batch
 from models.generation.cache import Cache, pieces_of
 from models.generation.text import TextStream
 from models.init import InitSource
@@ -91,13 +91,13 @@ def test_samples_are_the_rows_of_their_seeds(plain: Decoder) -> None:
 def test_samples_share_one_prefill(plain: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sliding windows too: the prompt's cache is kept until the last sample has begun."""
     seen: list[int] = []
-    real = generator.prefill
+    real = batch.prefill
 
-    def counted(model: Any, batch: Any, *rest: Any) -> Any:
-        seen.append(sum(map(len, batch)))
-        return real(model, batch, *rest)
+    def counted(model: Any, many: Any, *rest: Any) -> Any:
+        seen.append(sum(map(len, many)))
+        return real(model, many, *rest)
 
-    monkeypatch.setattr(generator, "prefill", counted)
+    monkeypatch.setattr(batch, "prefill", counted)
     several = dataclasses.replace(SAMPLED, samples=7)
     model = model_of(SLIDING)
     Generator(model, config=GeneratorConfig(max_rows=2)).generate(prompts((11,)), several)
@@ -107,13 +107,13 @@ def test_samples_share_one_prefill(plain: Decoder, monkeypatch: pytest.MonkeyPat
 def test_an_ended_rows_place_is_taken_at_once(plain: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two places and rows of 2, 9, 4, 3 and 3 tokens: one place has the 9, the other the rest in turn."""
     sizes: list[int] = []
-    real = generator.decode
+    real = batch.decode
 
     def counted(model: Any, last: Any, *rest: Any) -> Any:
         sizes.append(len(last))
         return real(model, last, *rest)
 
-    monkeypatch.setattr(generator, "decode", counted)
+    monkeypatch.setattr(batch, "decode", counted)
     wanted = (2, 9, 4, 3, 3)
     asked = [Request([7], SamplingConfig(max_new_tokens=n)) for n in wanted]
     made = list(Generator(plain, config=GeneratorConfig(max_rows=2)).stream_generate(asked))
