@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,16 +35,29 @@ class MicroBatch:
     """Tokens of the longest document."""
     doc_channel_N: torch.Tensor
     """int64 [N]: index into TrainingData.channels."""
+    targets_N: torch.Tensor
+    """int64 [N]: targets of each document."""
+    doc_facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """float64 [N] each: what a stage knows of a document besides its tokens (the side of a pair, a label, a score)."""
+    token_facts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """fp32 [T] each: what a stage knows of a token (an advantage, an old log-probability), where the token is the
+    target; 0 where there is none."""
     place_T: torch.Tensor | None = None
     """int64 [T]: where the tokens here stand among those of the documents; None = here are all of them, in order.
-    Under context parallel a rank has some, while cu_seqlens, max_seqlen and doc_channel_N still tell of all."""
+    Under context parallel a rank has some, while what is told of documents still tells of all."""
+
+    @cached_property
+    def doc_T(self) -> torch.Tensor:
+        """int64 [T]: the document of each token here."""
+        device = self.doc_channel_N.device
+        lengths_N = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).to(device)
+        doc_T = torch.repeat_interleave(torch.arange(len(lengths_N), device=device), lengths_N)
+        return doc_T if self.place_T is None else doc_T[self.place_T]
 
     @cached_property
     def channel_T(self) -> torch.Tensor:
         """int64 [T]: the channel of each token here."""
-        lengths_N = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).to(self.doc_channel_N.device)
-        channel_T = torch.repeat_interleave(self.doc_channel_N, lengths_N)
-        return channel_T if self.place_T is None else channel_T[self.place_T]
+        return self.doc_channel_N[self.doc_T]
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -89,6 +102,10 @@ class Document:
     learn_L: np.ndarray
     """bool [L]: is this token learnt (as the target of the token before)."""
     channel: int
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """See MicroBatch.doc_facts; all documents of a micro-batch have the same ones."""
+    token_facts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """float [L] each, see MicroBatch.token_facts: one number a token of the document."""
 
 
 def split_rows(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int) -> list[list[Row]]:
@@ -124,6 +141,8 @@ def collate(documents: Sequence[Document]) -> MicroBatch:
     learn_T[borders[:-1]] = False  # the first token of a document is nobody's next token
     targets_T = np.full(len(tokens_T), IGNORED, dtype=np.int64)
     targets_T[:-1] = np.where(learn_T[1:], tokens_T[1:], IGNORED)
+    facts, token_facts = docs[0].facts, docs[0].token_facts
+    assert all(doc.facts.keys() == facts.keys() and doc.token_facts.keys() == token_facts.keys() for doc in docs)
     positions_T = np.arange(len(tokens_T)) - np.repeat(borders[:-1], lengths_N)
     return MicroBatch(
         tokens_T=torch.from_numpy(tokens_T),
@@ -132,12 +151,24 @@ def collate(documents: Sequence[Document]) -> MicroBatch:
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
         max_seqlen=int(lengths_N[0]),
         doc_channel_N=torch.tensor([doc.channel for doc in docs], dtype=torch.int64),
+        targets_N=torch.from_numpy(np.add.reduceat(learn_T, borders[:-1], dtype=np.int64)),
+        doc_facts={name: torch.tensor([doc.facts[name] for doc in docs], dtype=torch.float64) for name in facts},
+        token_facts={name: _at_targets([doc.token_facts[name] for doc in docs], learn_T) for name in token_facts},
     )
 
 
-def empty_micro_batch() -> MicroBatch:
-    """One token without a target: keeps a rank in step with others when it has nothing left to do."""
-    return collate([Document(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), 0)])
+def _at_targets(parts: Sequence[np.ndarray], learn_T: np.ndarray) -> torch.Tensor:
+    """Numbers of tokens where those tokens are targets: one place earlier, fp32 [T]."""
+    at_T = np.zeros(len(learn_T), dtype=np.float32)
+    at_T[:-1] = np.where(learn_T[1:], np.concatenate(parts)[1:], 0.0)
+    return torch.from_numpy(at_T)
+
+
+def empty_micro_batch(facts: Sequence[str] = (), token_facts: Sequence[str] = ()) -> MicroBatch:
+    """One token without a target: keeps a rank in step with others when it has nothing left to do. Facts are 0."""
+    token = np.zeros(1, dtype=np.int64)
+    nothing = {name: np.zeros(1) for name in token_facts}
+    return collate([Document(token, token.astype(bool), 0, dict.fromkeys(facts, 0.0), nothing)])
 
 
 def _num_bins(rows: int, world: int, micro_batch_rows: int) -> int:

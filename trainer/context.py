@@ -24,5 +24,6 @@ def local_part(batch: MicroBatch, cp: Axis, kind: Kind) -> MicroBatch:
         tokens_T=batch.tokens_T[place_T],
         positions_T=batch.positions_T[place_T],
         targets_T=batch.targets_T[place_T],
+        token_facts={name: fact_T[place_T] for name, fact_T in batch.token_facts.items()},
         place_T=place_T,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,9 +123,11 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch with its token tensors on ``device``; document borders stay on the host, where they are read."""
     if device.type == "cpu":
         return batch
-    moved: dict[str, Any] = {
-        field.name: value.to(device, non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor) and field.name != "cu_seqlens"
-    }
+    moved: dict[str, Any] = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor) and field.name != "cu_seqlens":
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Mapping):
+            moved[field.name] = {name: each.to(device, non_blocking=True) for name, each in value.items()}
     return dataclasses.replace(batch, **moved)

@@ -68,3 +68,22 @@ def test_micro_batches_are_balanced_by_cost() -> None:
 def test_rows_that_do_not_divide_name_the_key() -> None:
     with pytest.raises(ValueError, match=r"data\.global_batch_rows=10 .* 2 x 4 = 8; set data\.global_batch_rows=16"):
         split_rows([Row((0,), (1,))] * 10, 0, 2, 4)
+
+
+def test_facts_follow_their_document_and_stand_where_the_token_is_predicted() -> None:
+    """The longest document comes first; a number of token i stands at i - 1, and only where i is learnt."""
+    short = Document(np.array([5, 6, 7]), np.array([True, True, False]), 1, {"side": 1.0}, {"old": np.array([9, 2, 3])})
+    long = Document(
+        np.arange(4), np.array([False, False, True, True]), 0, {"side": 0.0}, {"old": np.array([9.0, 9, -1.5, -2.5])}
+    )
+    batch = collate([short, long])
+    assert batch.doc_facts["side"].tolist() == [0.0, 1.0]
+    assert batch.token_facts["old"].tolist() == [0.0, -1.5, -2.5, 0.0, 2.0, 0.0, 0.0]
+    assert batch.targets_N.tolist() == [2, 1] and batch.num_targets == 3
+    assert batch.doc_T.tolist() == [0, 0, 0, 0, 1, 1, 1] and batch.channel_T.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_an_empty_micro_batch_has_the_facts_of_the_others() -> None:
+    batch = empty_micro_batch(("side",), ("old",))
+    assert batch.doc_facts["side"].tolist() == [0.0] and batch.token_facts["old"].tolist() == [0.0]
+    assert batch.num_targets == 0
