@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
+from data.prompts import Prompt
 from models.generation import Completion, SamplingConfig
+
+__all__ = ["Finish", "Prompt", "Rollout", "Turn", "Writer"]
 
 Finish = Literal["stop", "length", "turns", "error"]
 """The policy ended its text (and the task the conversation); no room for new tokens was left; the task would have gone
 on, but `max_turns` were used; the prompt could not be run (`Rollout.errors["generation"]` says why)."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt, ready for the generator."""
-
-    number: int
-    """Its number among the prompts of the run, whatever the step and the layout: the samples' seeds hang on it."""
-    channel: str
-    tokens: tuple[int, ...]
-    """With the generation prompt of the chat template, where it is a chat."""
-    messages: tuple[Mapping[str, Any], ...] | None = None
-    """The conversation so far; None where the prompt is plain text."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """The row's other fields (`answer`, ...): what reward functions and tasks get to see."""
 
 
 @dataclass(frozen=True)
