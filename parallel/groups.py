@@ -177,6 +177,14 @@ def _axis(name: str, lines: list[list[int]], ranks: LauncherRanks, timeout: time
     return Axis(len(mine), mine.index(ranks.rank), groups[lines.index(mine)] if mine in lines else None)
 
 
+def neighbours(groups: Groups, size: int, timeout_s: float) -> Axis:
+    """The ``size`` consecutive ranks that this one is among, as an axis; every rank calls, with the same numbers."""
+    if size == groups.tp.size:
+        return groups.tp
+    lines = torch.arange(groups.world).view(-1, size).tolist()
+    return _axis("generator", lines, LauncherRanks(groups.rank, groups.world), timedelta(seconds=timeout_s))
+
+
 def leave_groups() -> None:
     """Leave the process group, at the very end of the program.
 

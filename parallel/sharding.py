@@ -153,15 +153,19 @@ class Shard:
             return first
         whole = first.new_empty(self.whole_shape(first.shape, cut.ep))
         for cut, local in locals_.items():
-            block = whole.chunk(cut.ep)[cut.ep_rank] if self.experts else whole
-            if self.dim is None:
-                block.copy_(local)
-                continue
-            at = 0
-            for (start, stop), rows in zip(self.ranges(cut.tp, cut.tp_rank), self.local_parts(cut.tp), strict=True):
-                block.narrow(self.dim, start, stop - start).copy_(local.narrow(self.dim, at, stop - start))
-                at += rows
+            self.put(whole, cut, local)
         return whole
+
+    def put(self, whole: torch.Tensor, cut: Cut, local: torch.Tensor) -> None:
+        """Write one rank's part to its place in the whole tensor."""
+        block = whole.chunk(cut.ep)[cut.ep_rank] if self.experts else whole
+        if self.dim is None:
+            block.copy_(local)
+            return
+        at = 0
+        for (start, stop), rows in zip(self.ranges(cut.tp, cut.tp_rank), self.local_parts(cut.tp), strict=True):
+            block.narrow(self.dim, start, stop - start).copy_(local.narrow(self.dim, at, stop - start))
+            at += rows
 
     def own(self, cut: Cut) -> Cut:
         """`cut` without the axes this tensor is not cut along."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, their scores, and updates of the policy on them."""

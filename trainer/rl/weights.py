@@ -1,0 +1,140 @@
+"""The weights of the policy in the generator's layout: moved tensor by tensor from whatever layout it is trained in.
+
+A generator is a whole model, cut over tp alone (its own tp, which need not be training's). Where each rank already
+holds its cut of it (no pipeline, no ZeRO-3, no expert parallel, the same tp) the generator reads the weights that are
+trained and nothing is copied. Elsewhere those who hold a part of a parameter send it once, and every rank cuts its own
+from the whole; in memory there is one whole parameter (and one part of it) above the generator's own weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.decoder import Decoder
+from parallel.engine import Engine
+from parallel.live_weights import live_pieces
+from parallel.materialise import fill_
+from parallel.sharding import REPLICATED, Cut, Shard, shard_of
+
+Range = tuple[int, Cut, int, int]
+"""Who gives it (rank in the group), of which cut, first element of the flattened part, elements."""
+
+
+class GeneratorWeights:
+    """Keeps a decoder for generation on the weights of a model that is trained.
+
+    Args:
+        engine: trains the policy.
+        model: the whole policy on the meta device, cut over the generator's tp (`place.tp`).
+        dtype: of the generator's weights; another one than fp32 is always a copy.
+    """
+
+    def __init__(self, engine: Engine, model: Decoder, dtype: torch.dtype = torch.float32) -> None:
+        self.engine, self.model, self.dtype = engine, model.requires_grad_(False).eval(), dtype
+        groups = engine.groups
+        dealt_out = engine.cfg.zero == 3 or groups.ep.size > 1
+        same_cut = groups.tp.size == model.place.tp.size and groups.tp.rank == model.place.tp.rank
+        self.shared = dtype == torch.float32 and groups.pp.size == 1 and not dealt_out and same_cut
+        """Whether the generator reads the very weights that are trained."""
+        self._column = not dealt_out
+        self._axis_group = groups.model.group if self._column else dist.group.WORLD
+        self._rank = groups.model.rank if self._column else groups.rank
+        self._size = groups.model.size if self._column else groups.world
+        self._shapes = {name: shard_of(p).whole_shape(p.shape) for name, p in model.named_parameters()}
+        self._ranges = {} if self.shared else self._told()
+        self._filled_at: int | None = None
+
+    def fill(self) -> None:
+        """Bring the generator's weights up to date; a collective call of all ranks. Nothing to do if no step was taken
+        since the last time."""
+        if self._filled_at == self.engine.optimizer_steps:
+            return
+        if self.shared:
+            trained = dict(self.engine.named_parameters()) | dict(self.engine.state.buffers)
+            self._take({name: tensor.detach() for name, tensor in trained.items()})
+        else:
+            self._move()
+        self._filled_at = self.engine.optimizer_steps
+
+    def drop(self) -> None:
+        """Give the memory of a copy back until the next `fill`."""
+        if self.shared:
+            return
+        for param in self.model.parameters():
+            if not param.is_meta:
+                param.data = param.data.new_empty(0)
+        self._filled_at = None
+
+    def _take(self, trained: dict[str, torch.Tensor]) -> None:
+        for name, param in self.model.named_parameters():
+            self._put(param, trained[name])
+        for name, _ in list(self.model.named_buffers()):
+            self._put_buffer(name, trained[name])
+
+    def _put(self, param: nn.Parameter, values: torch.Tensor) -> None:
+        if param.is_meta:
+            fill_(param, values, self.engine.groups.device)  # keeps the record of its cut
+        if param.data_ptr() != values.data_ptr() or param.dtype != values.dtype:
+            param.data = values
+
+    def _put_buffer(self, name: str, values: torch.Tensor) -> None:
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        setattr(module, name.rpartition(".")[2], values)
+
+    # ---- copies ---------------------------------------------------------------------------------------------------
+
+    def _told(self) -> dict[str, list[Range]]:
+        """Of every parameter and buffer who gives which range of it; cuts and ranges in order."""
+        mine = [(each.name, each.cut, each.start, each.values.numel()) for each in self._pieces()]
+        everyone: list[Any] = [mine]
+        if self._size > 1:
+            everyone = [None] * self._size
+            dist.all_gather_object(everyone, mine, group=self._axis_group)
+        found: dict[str, list[Range]] = {}
+        for giver, given in enumerate(everyone):
+            for name, cut, start, numel in given:
+                found.setdefault(name, []).append((giver, cut, start, numel))
+        order = {
+            name: sorted(ranges, key=lambda r: (r[1].ep_rank, r[1].tp_rank, r[2])) for name, ranges in found.items()
+        }
+        return order
+
+    def _pieces(self) -> list[Any]:
+        return list(live_pieces(self.engine, self._column))
+
+    def _move(self) -> None:
+        mine = {(each.name, each.start): each.values for each in self._pieces()}
+        self.drop()
+        cut = self.model.place.cut
+        for name, param in self.model.named_parameters():
+            shard = shard_of(param)
+            whole = self._whole(name, shard, self._shapes[name], mine)
+            part = shard.slice(whole, cut)
+            # A view would keep all of the whole.
+            part = part.clone() if part.numel() < whole.numel() else part
+            self._put(param, part.to(self.dtype))
+        for name, buffer in list(self.model.named_buffers()):
+            self._put_buffer(name, self._whole(name, REPLICATED, tuple(buffer.shape), mine))
+
+    def _whole(
+        self, name: str, shard: Shard, shape: tuple[int, ...], mine: dict[tuple[str, int], torch.Tensor]
+    ) -> torch.Tensor:
+        """The whole parameter, on every rank."""
+        ranges, device = self._ranges[name], self.engine.groups.device
+        cuts = list(dict.fromkeys(cut for _, cut, _, _ in ranges))
+        whole = torch.empty(shape, device=device)
+        for cut in cuts:
+            part = whole if len(cuts) == 1 else torch.empty(shard.local_shape(shape, cut), device=device)
+            for giver, _, start, numel in (each for each in ranges if each[1] == cut):
+                values = part.view(-1)[start : start + numel]
+                if giver == self._rank:
+                    values.copy_(mine[name, start])
+                if self._size > 1:
+                    dist.broadcast(values, group=self._axis_group, group_src=giver)
+            if len(cuts) > 1:
+                shard.put(whole, cut, part)
+        return whole
