@@ -102,9 +102,10 @@ class Decoder(nn.Module):
         max_seqlen: int | None = None,
         targets_T: torch.Tensor | None = None,
         loss_weight: float = 1.0,
-        output: Literal["hidden", "head"] = "hidden",
+        output: Literal["hidden", "head", "log_probs"] = "hidden",
         channel_T: torch.Tensor | None = None,
         hidden_RD: torch.Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Any:
         """Run packed documents.
 
@@ -113,17 +114,19 @@ class Decoder(nn.Module):
             cu_seqlens: borders of the documents, [N + 1], starting with 0 and ending with T; on the CPU. With context
                 parallel of all ranks' tokens, of which those here are given (`parallel.context.token_ranges`).
             max_seqlen: longest document; taken from `cu_seqlens`, so it may be left out.
-            targets_T: int64 [T], -100 where there is none; asks for the loss.
+            targets_T: int64 [T], -100 where there is none; asks for the loss, or for log-probabilities.
             loss_weight: what the sum of token losses is multiplied with.
             output: without targets, the hidden states after the final norm [R, D] or what the head makes of them
-                (logits [T, V], or values [T]).
+                (logits [T, V], or values [T]). With targets, `log_probs` instead of the loss.
             channel_T: int64 [T], the channel of each token; routers count their loads by it.
             hidden_RD: what the chunk before gave; the first chunk takes the tokens instead.
+            temperature: of the log-probabilities: those of `softmax(logits / temperature)`.
 
         Returns:
             The hidden states [R, D], from a chunk that is not the last. With targets: (`loss_weight` x loss sum, a
-            differentiable scalar; loss of each token, detached fp32 [T]). All weights are used inside module
-            forwards, so that ZeRO-3 gathers them.
+            differentiable scalar; loss of each token, detached fp32 [T]), or the log-probability of each target and the
+            entropy there, both fp32 [T], differentiable, in nats, 0 without a target, the same on every tp rank. All
+            weights are used inside module forwards, so that ZeRO-3 gathers them.
         """
         packing = self._packing(tokens_T, positions_T, cu_seqlens)
         if self.embed is not None:
@@ -137,7 +140,8 @@ class Decoder(nn.Module):
         hidden_RD = self.norm(hidden_RD)[0]
         if targets_T is not None:
             assert self.cfg.head == "lm", "targets are tokens: a scalar head has no loss of its own"
-            return self.head(hidden_RD, targets_T, loss_weight)
+            asked = temperature if output == "log_probs" else None
+            return self.head(hidden_RD, targets_T, loss_weight, asked)
         if output == "hidden":
             return hidden_RD
         rows = self.head(hidden_RD)

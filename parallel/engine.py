@@ -53,6 +53,11 @@ class Autocast(nn.Module):
             return self.model(*args, **kwargs)
 
 
+def in_precision(model: nn.Module, cfg: EngineConfig, device: torch.device) -> nn.Module:
+    """The model in the compute type that the config asks for."""
+    return model if cfg.precision == "fp32" else Autocast(model, AUTOCAST[cfg.precision], device.type)
+
+
 class Engine:
     """A DeepSpeed engine around this rank's part of the model.
 
@@ -87,7 +92,7 @@ class Engine:
         config = ds_config(cfg, clip, groups.device.type)
         for chunk in self.chunks:
             self._fill(chunk, source, config)
-        runnable = [self._autocast(chunk) for chunk in self.chunks]
+        runnable = [in_precision(chunk, cfg, groups.device) for chunk in self.chunks]
         root = runnable[0] if len(runnable) == 1 else nn.ModuleList(runnable)
         if cfg.zero == 3 and layer_types:
             deepspeed.utils.set_z3_leaf_modules(root, list(layer_types))
@@ -111,11 +116,6 @@ class Engine:
     def _fill(self, chunk: nn.Module, source: TensorSource, config: dict[str, Any]) -> None:
         zero3 = (config, self.groups.data.group) if self.cfg.zero == 3 else ()
         materialise(chunk, source, self.groups.place().cut, self.groups.device, *zero3)
-
-    def _autocast(self, chunk: nn.Module) -> nn.Module:
-        if self.cfg.precision == "fp32":
-            return chunk
-        return Autocast(chunk, AUTOCAST[self.cfg.precision], self.groups.device.type)
 
     @property
     def _reduces(self) -> bool:
@@ -244,13 +244,16 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Any], forward: Forward) -> list[Any]:
         """Forward only; the metrics of every micro-batch. Every rank brings equally many (ZeRO-3 gathers in step)."""
+        return self._reported(self.score(micro_batches, forward))
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[Any], forward: Forward) -> list[Any]:
+        """Forward only; what ``forward(model, micro_batch, 1.0)[1]`` is of each, on every rank that has the head (all
+        tp and cp ranks of the last pipeline stage); nothing on the others. Every rank brings equally many."""
         self.ds.eval()
-        if self.pipeline is not None:
-            metrics = self.pipeline.evaluate(micro_batches, forward)
-        else:
-            metrics = [forward(self.ds, micro_batch, 1.0)[1] for micro_batch in micro_batches]
+        found = forward_only(self.ds, self.pipeline, micro_batches, forward)
         self.ds.train()
-        return self._reported(metrics)
+        return found
 
     # ---- the training state, rank by rank ------------------------------------------------------------------------
 
@@ -267,6 +270,13 @@ class Engine:
     def optimizer_steps(self, steps: int) -> None:
         for state in self.optimizer.state.values():
             state["step"].fill_(steps)
+
+
+def forward_only(model: Any, pipeline: Any, micro_batches: Sequence[Any], forward: Forward) -> list[Any]:
+    """The second of what ``forward`` gives for each micro-batch, where the head is."""
+    if pipeline is not None:
+        return pipeline.evaluate(micro_batches, forward)
+    return [forward(model, micro_batch, 1.0)[1] for micro_batch in micro_batches]
 
 
 def _finite(value: float) -> bool:

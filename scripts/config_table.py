@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import RunConfig
-from trainer.typed import MISSING, inner_section
+from trainer.typed import MISSING, inner_sections, is_section, names_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -73,16 +73,35 @@ def rows(cls: Any, prefix: str, given: Any) -> Iterator[tuple[str, str, str, str
     hints, docs = get_type_hints(cls), field_docs(cls)
     for field in dataclasses.fields(cls):
         key = f"{prefix}{field.name}"
-        inner, many = inner_section(hints[field.name])
+        inner, many = inner_sections(hints[field.name])
         value = given.get(field.name, field.default) if isinstance(given, dict) else field.default
-        if inner is not hints[field.name]:  # a value, or sections of which there may be several or none
-            meaning = docs[field.name] or (" ".join((inner.__doc__ or "").split("\n\n")[0].split()) if inner else "")
+        if not inner or not is_section(hints[field.name]):  # a value, or sections of which there may be several or none
+            meaning = docs[field.name] or (" ".join((inner[0].__doc__ or "").split("\n\n")[0].split()) if inner else "")
             yield key, _type(hints[field.name]), _default(value, field), meaning
-        if inner is not None:
-            inside = rows(inner, f"{key}[]." if many else f"{key}.", None if many else value)
-            optional = not many and inner is not hints[field.name]
+        for section in inner:
+            inside = rows(section, f"{key}[]." if many else f"{key}.", None if many else value)
+            optional = not many and not is_section(hints[field.name])
             for path, kind, default, meaning in inside:
                 yield path, kind, f"required in {key}" if optional and default == REQUIRED else default, meaning
+
+
+def union_rows(sections: tuple[type, ...], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """The keys of a union of sections, each once, with the names of those that have it where not all do."""
+    found: dict[str, list[tuple[type, tuple[str, str, str, str]]]] = {}
+    for section in sections:
+        for row in rows(section, prefix, None):
+            found.setdefault(row[0], []).append((section, row))
+    names = ", ".join(name for section in sections for name in names_of(section))
+    for key, held in found.items():
+        meaning = held[0][1][3]
+        if key == f"{prefix}name":
+            yield key, names, "", meaning
+            continue
+        kinds = dict.fromkeys(row[1] for _, row in held)
+        defaults = dict.fromkeys(row[2] for _, row in held)
+        owners = ", ".join(name for section, _ in held for name in names_of(section))
+        where = "" if len(held) == len(sections) else f" ({owners})"
+        yield key, "; ".join(kinds), " or ".join(defaults), meaning + where
 
 
 def _type(hint: Any) -> str:
@@ -139,9 +158,14 @@ def page() -> str:
     lines += ["", "## Keys", "", "Defaults are those of the groups chosen by default.", ""]
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     hints = get_type_hints(RunConfig)
-    sections = [f for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[f.name])]
     init_from = ("init_from", "text or null", "`null`", field_docs(RunConfig)["init_from"])
-    table = [init_from] + [row for f in sections for row in rows(hints[f.name], f"{f.name}.", tree[f.name])]
+    table: list[tuple[str, str, str, str]] = [init_from]
+    for field in dataclasses.fields(RunConfig):
+        inner, _ = inner_sections(hints[field.name])
+        if len(inner) > 1:
+            table += union_rows(inner, f"{field.name}.")
+        elif inner:
+            table += rows(inner[0], f"{field.name}.", tree[field.name])
     for key, kind, default, meaning in table:
         lines.append(f"| `{key}` | {kind} | {default} | {meaning.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"

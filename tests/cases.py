@@ -22,9 +22,9 @@ from parallel.engine import Engine
 from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
 from parallel.sharding import Cut, Shard
 from trainer import channels, checkpoint
+from trainer.build import make_engine
 from trainer.context import local_part
 from trainer.optim import OptimConfig
-from trainer.run import make_engine
 from trainer.stages.next_token import NextToken
 
 NAMES = ("even", "late", "rare")

@@ -13,7 +13,7 @@ from parallel.groups import Groups
 from tests.cases import TINY, here, my_micro_batches
 from tests.engine_cases import OPTIM, STAGE, poison_on, state, step_on, tiny_engine
 from trainer import checkpoint
-from trainer.run import make_engine
+from trainer.build import make_engine
 
 
 class Blocked:

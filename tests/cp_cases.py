@@ -26,9 +26,9 @@ from parallel.materialise import materialise
 from parallel.sharding import WHOLE, Axis
 from tests.cases import NAMES, TINY, here, whole
 from trainer import channels
+from trainer.build import make_engine
 from trainer.context import local_part
 from trainer.optim import OptimConfig
-from trainer.run import make_engine
 from trainer.stages.next_token import NextToken
 
 UNEVEN = (0, 300, 350, 397, 430, 447, 460, 467, 472, 475, 477, 478, 479)

@@ -17,8 +17,8 @@ from parallel.engine import Engine
 from parallel.groups import Groups
 from tests.cases import NAMES, TINY, here, my_micro_batches, whole
 from trainer import channels
+from trainer.build import make_engine
 from trainer.optim import OptimConfig
-from trainer.run import make_engine
 from trainer.stages.next_token import NextToken
 
 STAGE = NextToken(len(NAMES))

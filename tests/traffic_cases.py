@@ -17,8 +17,8 @@ from parallel.traffic import Traffic
 from parallel.traffic_formula import expected
 from scripts.bench.wire_sizes import micro_of, part_of, step_of
 from tests.cases import NAMES, TINY, here, my_parts
+from trainer.build import make_engine
 from trainer.optim import OptimConfig
-from trainer.run import make_engine
 from trainer.stages.next_token import NextToken
 
 STAGE = NextToken(len(NAMES))

@@ -23,7 +23,7 @@ from trainer.layout_rules import Layout
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
 from trainer.problems import Problem, format_problems, nearest
-from trainer.stages.base import StageConfig
+from trainer.stages import StageConfig
 
 __all__ = ["Machine", "Problem", "RunConfig", "RunSection", "check", "format_problems", "ignored"]
 

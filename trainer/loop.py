@@ -20,7 +20,7 @@ from trainer.config import RunConfig
 from trainer.context import local_part
 from trainer.logging.log import Log
 from trainer.logging.perf import PerfMeter
-from trainer.stages.next_token import NextToken
+from trainer.stages import Stage
 
 
 @dataclass
@@ -35,19 +35,21 @@ class Progress:
 class Trainer:
     """Everything a step needs.
 
-    ``flops`` gives the model FLOPs of one micro-batch; ``save`` writes a checkpoint of the given progress.
+    ``flops`` gives the model FLOPs of one micro-batch; ``save`` writes a checkpoint of the given progress. ``prepare``
+    adds what a stage needs to know of micro-batches (a reference's log-probabilities), all of a step's together.
     """
 
     cfg: RunConfig
     groups: Groups
     engine: Engine
-    stage: NextToken
+    stage: Stage
     routers: RouterBook
     data: TrainingData
     log: Log
     flops: Callable[[MicroBatch], float]
     save: Callable[[Progress], None]
     total_steps: int
+    prepare: Callable[[list[MicroBatch]], list[MicroBatch]] = list
 
     def run(self, progress: Progress) -> None:
         """Train from ``progress`` to the last step; evaluates and saves at the end whatever the intervals say."""
@@ -79,7 +81,7 @@ class Trainer:
         tokens = float(sum(batch.tokens_T.numel() for batch in batches))
         flops = sum(self.flops(batch) for batch in whole) / self.groups.cp.size
         count, tokens, flops = self.groups.sum([self.stage.count(batches), tokens, flops])
-        batches = [on_device(batch, self.groups.device) for batch in batches]
+        batches = self.prepare([on_device(batch, self.groups.device) for batch in batches])
         self.routers.begin(self.groups.data.size * self.engine.loss_scale.value / tokens)
         result = self.engine.train_step(batches, self.stage.forward, count, lr)
         loads = self.routers.finish(self.groups.sum_tensor)
@@ -93,7 +95,7 @@ class Trainer:
         if step % self.cfg.log.every and not last:
             self.log.advance(step)
             return
-        metrics = channels.metrics(result.metrics, self.data.channels, self.groups.all_gather, "train")
+        metrics = self._metrics(result.metrics, "train")
         metrics |= {"train/grad_norm": result.grad_norm, "train/lr": lr}
         if self.cfg.engine.precision == "fp16":
             metrics |= {"train/loss_scale": result.loss_scale, "train/skipped": float(result.skipped)}
@@ -114,9 +116,11 @@ class Trainer:
         return local_part(batch, self.groups.cp, self.cfg.parallel.context)
 
     def _evaluate(self, batches: list[MicroBatch], step: int) -> None:
-        terms = self.engine.evaluate(batches, self.stage.forward)
-        metrics = channels.metrics(terms, self.data.channels, self.groups.all_gather, "eval")
-        self.log.evaluation(step, metrics)
+        terms = self.engine.evaluate(self.prepare(batches), self.stage.forward)
+        self.log.evaluation(step, self._metrics(terms, "eval"))
+
+    def _metrics(self, terms: list[torch.Tensor], prefix: str) -> dict[str, float]:
+        return channels.metrics(terms, self.data.channels, self.groups.all_gather, prefix, self.stage.columns)
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -13,39 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import data.pipeline
-import models
-from convert.source import Source
 from data.batch import MicroBatch
 from data.gate import GateError
 from data.peers import Peers
 from data.pipeline import TrainingData
-from models.balance import chunks_of
 from models.config import ModelConfig
-from models.decoder import Layer
 from models.flops import step_flops
-from models.init import InitSource
 from models.routing import RouterBook
-from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
-from parallel.groups import ALL_DATA, Groups, LauncherRanks, build_groups
-from parallel.materialise import TensorSource
+from parallel.groups import Groups, LauncherRanks, build_groups
 from parallel.schedules import formula_idle_share
 from parallel.watch import watching
 from trainer import checkpoint, folders, provenance
+from trainer.build import fresh_weights, make_engine
 from trainer.config import RunConfig, check, format_problems, ignored
 from trainer.door import to_yaml
 from trainer.logging.log import Log, NullLog, RunLog
 from trainer.loop import Progress, Trainer
-from trainer.optim import OptimConfig, decay_groups
 from trainer.run_folder import run_folder
 from trainer.stages import build_stage
-
-CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 24 * 2**20, 512 * 2**20
-"""fp32 logits in the loss at one time. On a CPU below what malloc serves from the heap: a larger block would be mapped
-and page-faulted anew for every micro-batch."""
 
 
 def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
@@ -70,11 +58,11 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
 
 def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> None:
     saved = _saved(cfg, run_dir)
-    source = saved or _fresh_weights(cfg)  # before the data, which may take an hour to read
+    source = saved or fresh_weights(cfg)  # before the data, which may take an hour to read
     corpus = _read_data(cfg, groups, run_dir)
     total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * corpus.rows_per_epoch / cfg.data.global_batch_rows)
     progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
-    stage = build_stage(cfg.stage, len(corpus.channels))
+    stage = build_stage(cfg.stage, len(corpus.channels), groups.cp)
     with _open_log(cfg, groups, run_dir, total_steps, progress.step) as log:
         if groups.is_main:
             provenance.write(run_dir, to_yaml(cfg), stage.contract, groups.world)
@@ -104,42 +92,6 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
         log.note(f"ready after {time.monotonic() - started:.1f} s; training from step {progress.step} to {total_steps}")
         trainer.run(progress)
         log.close(f"done: {progress.step} steps. Checkpoint and metrics in {run_dir}")
-
-
-def make_engine(
-    model_cfg: ModelConfig,
-    engine_cfg: EngineConfig,
-    optim: OptimConfig,
-    groups: Groups,
-    source: TensorSource,
-    layout: ParallelConfig = ALL_DATA,
-    row_length: int | None = None,
-) -> Engine:
-    """This rank's part of the model on the meta device, filled from ``source`` and handed to DeepSpeed.
-
-    ``row_length`` is the usual number of tokens of a row, by which pipeline stages are balanced.
-    """
-    budget = GPU_LOGITS_BYTES if groups.device.type == "cuda" else CPU_LOGITS_BYTES
-    chunk = engine_cfg.loss_chunk or max(budget // (4 * model_cfg.vocab_size), 64)
-    runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk)
-    whole = [models.Chunk.whole(model_cfg)]
-    parts = chunks_of(model_cfg, layout, groups.pp.rank, row_length) if layout.pp > 1 else whole
-    chunks = [models.build(model_cfg, groups.place(layout), runtime, part) for part in parts]
-    adamw = functools.partial(_adamw, optim)
-    return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, model_cfg.hidden_size, [Layer])
-
-
-def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    groups = decay_groups(model, optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-
-
-def _fresh_weights(cfg: RunConfig) -> TensorSource:
-    if cfg.init_from is None:
-        return InitSource(cfg.model, cfg.run.seed)
-    source = Source(folders.opened(cfg.init_from), cfg.model, cfg.run.seed)
-    source.check()
-    return source
 
 
 def _with_tokenizer(cfg: RunConfig) -> RunConfig:

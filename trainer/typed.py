@@ -1,7 +1,8 @@
 """Plain mappings to frozen dataclasses, type by type, telling every mismatch instead of the first.
 
 Understood field types: ``bool``, ``int``, ``float``, ``str``, ``Literal``, ``X | None``, ``tuple[X, ...]``,
-``tuple[X, Y]``, ``dict[str, X]`` and dataclasses of these.
+``tuple[X, Y]``, ``dict[str, X]``, dataclasses of these, and a union of dataclasses that are told apart by their
+``name: Literal[...]`` (the stages).
 """
 
 from __future__ import annotations
@@ -39,29 +40,36 @@ def keys(cls: type, prefix: str = "") -> list[str]:
 
     A section that may be null (``model.moe``) is a key itself, besides those in it.
     """
-    found: list[str] = []
+    found: dict[str, None] = {}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         path = f"{prefix}{field.name}"
-        inner, many = inner_section(hints[field.name])
-        if inner is None:
-            found.append(path)
-        else:
-            found += [path] if hints[field.name] is not inner else []
-            found += keys(inner, f"{path}[]." if many else f"{path}.")
-    return found
+        inner, many = inner_sections(hints[field.name])
+        if not inner or not is_section(hints[field.name]):
+            found[path] = None
+        for section in inner:
+            found |= dict.fromkeys(keys(section, f"{path}[]." if many else f"{path}."))
+    return list(found)
 
 
-def inner_section(hint: Any) -> tuple[type | None, bool]:
-    """The dataclass behind a field type and whether the field holds several of it."""
+def inner_sections(hint: Any) -> tuple[tuple[type, ...], bool]:
+    """The dataclasses behind a field type (several for a union of them) and whether the field holds a list of it."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return hint, False
-    is_tuple = get_origin(hint) is tuple
-    for arg in get_args(hint):
-        inner, many = inner_section(arg)
-        if inner is not None:
-            return inner, many or is_tuple
-    return None, False
+        return (hint,), False
+    parts = [inner_sections(arg) for arg in get_args(hint)]
+    found = tuple(section for inner, _ in parts for section in inner)
+    return found, bool(found) and (get_origin(hint) is tuple or any(many for _, many in parts))
+
+
+def is_section(hint: Any) -> bool:
+    """Whether a field is a section that is always there: a dataclass, or one of several."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return all(dataclasses.is_dataclass(member) for member in members)
+
+
+def names_of(section: type) -> tuple[str, ...]:
+    """What ``name`` may be in one dataclass of a union."""
+    return get_args(get_type_hints(section)["name"])
 
 
 class _Reader:
@@ -133,8 +141,14 @@ class _Reader:
         members = [arg for arg in get_args(hint) if arg is not type(None)]
         if given is None and len(members) < len(get_args(hint)):
             return None
-        assert len(members) == 1, f"{key}: the door reads X | None, not {hint}"
-        return self.value(members[0], given, key)
+        if len(members) == 1:
+            return self.value(members[0], given, key)
+        assert is_section(hint), f"{key}: the door reads X | None or a union of sections, not {hint}"
+        by_name = {name: member for member in members for name in names_of(member)}
+        name = given.get("name") if isinstance(given, Mapping) else None
+        if name not in by_name:
+            return self._literal(tuple(by_name), name, f"{key}.name")
+        return self.section(by_name[name], given, key)
 
     def _literal(self, choices: tuple[Any, ...], given: object, key: str) -> Any:
         for choice in choices:

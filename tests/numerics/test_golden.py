@@ -17,7 +17,7 @@ from parallel.config import EngineConfig
 from tests import cases
 from trainer import typed
 from trainer.optim import OptimConfig
-from trainer.run import make_engine
+from trainer.build import make_engine
 from trainer.stages.next_token import NextToken
 
 ROOT = Path(__file__).resolve().parents[2]

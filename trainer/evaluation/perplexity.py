@@ -16,7 +16,7 @@ import data.pipeline
 from data.batch import IGNORED, MicroBatch
 from data.cache_files import BadRow
 from data.config import DataConfig, SourceConfig, source_problems
-from data.formats import detect_format
+from data.kinds import detect_format
 from data.order import Pieces
 from data.peers import Peers
 from data.pipeline import TrainingData

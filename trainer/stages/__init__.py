@@ -1,13 +1,22 @@
-"""Stages by name. A new stage is one file here, one line below and one YAML in conf/stage."""
+"""Stages by name. A new stage is one file here, its two names below and one YAML in conf/stage."""
 
 from __future__ import annotations
 
-from trainer.stages.base import StageConfig
-from trainer.stages.next_token import NextToken
+from parallel.sharding import ALONE, Axis
+from trainer.stages.base import Stage
+from trainer.stages.next_token import NextToken, NextTokenConfig
 
-STAGES = {"pretrain": NextToken, "sft": NextToken}
+__all__ = ["Stage", "StageConfig", "build_stage"]
+
+StageConfig = NextTokenConfig
+"""The stage section: one of these, by its name."""
 
 
-def build_stage(cfg: StageConfig, num_channels: int) -> NextToken:
-    """The stage that ``stage.name`` asks for."""
-    return STAGES[cfg.name](num_channels)
+def build_stage(cfg: StageConfig, num_channels: int, cp: Axis = ALONE) -> Stage:
+    """The stage that ``stage.name`` asks for.
+
+    Args:
+        num_channels: number of channels of the run.
+        cp: ranks that share the tokens of a document.
+    """
+    return NextToken(num_channels)

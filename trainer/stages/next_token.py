@@ -7,10 +7,23 @@ Legend: T tokens of a micro-batch, N documents, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from trainer.channels import Column, by_channel
+
+
+@dataclass(frozen=True)
+class NextTokenConfig:
+    """Pretraining and supervised fine-tuning."""
+
+    name: Literal["pretrain", "sft"] = "sft"
+    """Which training stage to run."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that carry loss: only the assistant's (chat) or completion's, or every token."""
 
 
 class NextToken:
@@ -26,6 +39,8 @@ class NextToken:
         "       A document never sees another one; its first token has no loss."
     )
 
+    columns = (Column("loss", over="tokens"), Column("tokens"))
+
     def __init__(self, num_channels: int):
         self.num_channels = num_channels
 
@@ -37,10 +52,8 @@ class NextToken:
         """``weight`` times the summed loss of one micro-batch, and its sums by channel.
 
         Returns:
-            (loss, sums_C2): a differentiable scalar; float64 sum of token losses and number of tokens by channel.
+            (loss, terms_C2): a differentiable scalar; float64 sum of token losses and number of tokens by channel.
         """
         loss, loss_T = model(**batch.inputs, targets_T=batch.targets_T, loss_weight=weight)
-        valid_T = batch.targets_T != -100
-        terms_T2 = torch.stack([loss_T.double(), valid_T.double()], dim=1)
-        sums_C2 = torch.zeros(self.num_channels, 2, dtype=torch.float64, device=loss_T.device)
-        return loss, sums_C2.index_add_(0, batch.channel_T, terms_T2)
+        terms = (loss_T, batch.targets_T != -100)
+        return loss, by_channel(terms, batch.channel_T, self.num_channels)

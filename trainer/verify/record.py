@@ -24,10 +24,10 @@ from parallel.engine import Engine
 from parallel.groups import Groups
 from parallel.materialise import TensorSource
 from parallel.sharding import Cut, Place, Shard, init_of, is_partial
+from trainer.build import make_engine
 from trainer.config import RunConfig
 from trainer.logging.log import NullLog
 from trainer.loop import Progress, Trainer
-from trainer.run import make_engine
 from trainer.stages import build_stage
 from trainer.verify.rows import MadeUpRows
 

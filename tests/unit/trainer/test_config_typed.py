@@ -173,3 +173,35 @@ def test_the_message_has_key_value_reason_and_way_out() -> None:
 def test_nearest_ignores_letter_case_and_says_nothing_when_nothing_is_near() -> None:
     assert nearest("LLAMA7b", ["llama7b", "llama2_13b", "qwen3_8b"])[0] == "llama7b"
     assert nearest("zzz", ["llama7b"]) == []
+
+
+@dataclass(frozen=True)
+class Fox:
+    name: Literal["red", "grey"]
+    tail: int = 1
+
+
+@dataclass(frozen=True)
+class Crow:
+    name: Literal["crow"] = "crow"
+    wing: float = 2.0
+
+
+@dataclass(frozen=True)
+class Wood:
+    animal: Fox | Crow
+
+
+def test_a_union_of_sections_is_told_apart_by_name() -> None:
+    problems: list[Problem] = []
+    assert typed.build(Wood, {"animal": {"name": "grey", "tail": 3}}, "", problems, {}) == Wood(Fox("grey", 3))
+    assert typed.build(Wood, {"animal": {"name": "crow"}}, "", problems, {}) == Wood(Crow())
+    assert typed.keys(Wood) == ["animal.name", "animal.tail", "animal.wing"] and not problems
+
+
+def test_a_setting_of_another_member_or_an_unknown_name_is_refused() -> None:
+    problems: list[Problem] = []
+    assert typed.build(Wood, {"animal": {"name": "crow", "tail": 3}}, "", problems, {}) is None
+    assert typed.build(Wood, {"animal": {"name": "cow"}}, "", problems, {}) is None
+    assert [problem.key for problem in problems] == ["animal.tail", "animal.name"]
+    assert problems[1].reason == "must be one of: red, grey, crow" and problems[1].way_out == "animal.name=crow"

@@ -22,7 +22,7 @@ from trainer.config import RunConfig, RunSection
 from trainer.logging.config import LogConfig
 from trainer.loop import Progress, Trainer, on_device
 from trainer.optim import OptimConfig
-from trainer.stages.base import StageConfig
+from trainer.stages import StageConfig
 from trainer.stages.next_token import NextToken
 
 
@@ -250,4 +250,4 @@ def test_on_a_device_the_borders_stay_on_the_host() -> None:
     moved = on_device(batch, torch.device("meta"))
     assert moved.cu_seqlens is batch.cu_seqlens and moved.max_seqlen == batch.max_seqlen
     there = {f.name for f in dataclasses.fields(moved) if getattr(getattr(moved, f.name), "is_meta", False)}
-    assert there == {"tokens_T", "positions_T", "targets_T", "doc_channel_N"}
+    assert there == {"tokens_T", "positions_T", "targets_T", "doc_channel_N", "targets_N"}

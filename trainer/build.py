@@ -1,0 +1,93 @@
+"""The models of a run: this rank's part of each, filled, and handed to the engine or frozen."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+import models
+from convert.source import Source
+from models.balance import chunks_of
+from models.config import ModelConfig
+from models.decoder import Decoder, Layer
+from models.init import InitSource
+from parallel.config import EngineConfig, ParallelConfig
+from parallel.engine import Engine
+from parallel.frozen import Frozen
+from parallel.groups import ALL_DATA, Groups
+from parallel.materialise import TensorSource
+from trainer import folders
+from trainer.config import RunConfig
+from trainer.optim import OptimConfig, decay_groups
+
+CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 24 * 2**20, 512 * 2**20
+"""fp32 logits in the loss at one time. On a CPU below what malloc serves from the heap: a larger block would be mapped
+and page-faulted anew for every micro-batch."""
+
+
+def make_engine(
+    model_cfg: ModelConfig,
+    engine_cfg: EngineConfig,
+    optim: OptimConfig,
+    groups: Groups,
+    source: TensorSource,
+    layout: ParallelConfig = ALL_DATA,
+    row_length: int | None = None,
+) -> Engine:
+    """This rank's part of the model on the meta device, filled from ``source`` and handed to DeepSpeed.
+
+    ``row_length`` is the usual number of tokens of a row, by which pipeline stages are balanced.
+    """
+    chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
+    adamw = functools.partial(_adamw, optim)
+    return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, model_cfg.hidden_size, [Layer])
+
+
+def make_frozen(
+    model_cfg: ModelConfig,
+    engine_cfg: EngineConfig,
+    groups: Groups,
+    source: TensorSource,
+    layout: ParallelConfig = ALL_DATA,
+    row_length: int | None = None,
+    offload: bool = False,
+) -> Frozen:
+    """This rank's part of a model that is not trained (a reference, a reward model), in the layout of the run."""
+    chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
+    return Frozen(chunks, source, engine_cfg, groups, layout, model_cfg.hidden_size, [Layer], offload)
+
+
+def make_chunks(
+    model_cfg: ModelConfig,
+    engine_cfg: EngineConfig,
+    groups: Groups,
+    layout: ParallelConfig = ALL_DATA,
+    row_length: int | None = None,
+) -> list[Decoder]:
+    """The pipeline stages of this rank, or the model, on the meta device."""
+    budget = GPU_LOGITS_BYTES if groups.device.type == "cuda" else CPU_LOGITS_BYTES
+    chunk = engine_cfg.loss_chunk or max(budget // (4 * model_cfg.vocab_size), 64)
+    runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk)
+    whole = [models.Chunk.whole(model_cfg)]
+    parts = chunks_of(model_cfg, layout, groups.pp.rank, row_length) if layout.pp > 1 else whole
+    return [models.build(model_cfg, groups.place(layout), runtime, part) for part in parts]
+
+
+def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    groups = decay_groups(model, optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def fresh_weights(cfg: RunConfig) -> TensorSource:
+    """What a run starts from: the weights of init_from, or fresh ones.
+
+    Raises:
+        ValueError: the tensors in init_from are not the model's.
+    """
+    if cfg.init_from is None:
+        return InitSource(cfg.model, cfg.run.seed)
+    source = Source(folders.opened(cfg.init_from), cfg.model, cfg.run.seed)
+    source.check()
+    return source
