@@ -39,11 +39,12 @@ class _LinearLoss(torch.autograd.Function):
         chunk: int,
         place: Place,
         vocab: VocabRows,
+        differentiable: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         asked = Asked.of(targets_T, vocab)
         hidden_SD = asked.take(all_hidden(hidden_RD, place))
         dtype, device = hidden_SD.dtype, hidden_RD.device
-        need_h, need_w = ctx.needs_input_grad[:2]
+        need_h, need_w = (differentiable and need for need in ctx.needs_input_grad[:2])
         weight = weight_VD[: vocab.rows].to(dtype)
         loss_S = torch.empty(asked.count, dtype=torch.float32, device=device)
         grad_h = HiddenGradient(asked, hidden_RD.shape[1], place, device) if need_h else None
@@ -78,7 +79,7 @@ class _LinearLoss(torch.autograd.Function):
             grad_w = grad_w.mul_(factor).to(ctx.dtypes[1])
         if grad_h is not None:
             grad_h = grad_h.wait(ctx.shape, factor).to(ctx.dtypes[0])
-        return grad_h, grad_w, None, None, None, None, None
+        return grad_h, grad_w, None, None, None, None, None, None
 
 
 def linear_loss(
@@ -103,4 +104,5 @@ def linear_loss(
         fp32 [T], 0 where there is no target). The backward can run once.
     """
     rows = VocabRows.of(weight_VD.shape[0], vocab, place.tp)
-    return _LinearLoss.apply(hidden_RD, weight_VD, targets_T, scale, chunk, place, rows)
+    # Within the function grad mode is always off, and what needs a gradient is said as if it were on.
+    return _LinearLoss.apply(hidden_RD, weight_VD, targets_T, scale, chunk, place, rows, torch.is_grad_enabled())

@@ -12,43 +12,48 @@ from parallel.matmul import product_nt_fp32
 from parallel.sharding import ALONE, SINGLE, Axis, Place
 from parallel.vocab_rows import Asked, HiddenGradient, VocabRows, add_weight_grad, all_hidden, picked, top_of
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 def _statistics(
     logits_CV: torch.Tensor, local_C: torch.Tensor, mine_C: torch.Tensor, axis: Axis
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability of the token, log-sum-exp and entropy, each [C], from fp32 logits that are overwritten."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of the token, log-sum-exp and entropy [3, C], and this rank's probabilities, from fp32 logits
+    that are overwritten."""
     picked_C = picked(logits_CV, local_C, mine_C)
     top_C = top_of(logits_CV, axis)
     shifted = logits_CV.sub_(top_C[:, None])
-    weights = shifted.exp()
-    sums = torch.stack((weights.sum(1), weights.mul_(shifted).sum(1), picked_C))
+    p_CV = shifted.exp()
+    sums = torch.stack((p_CV.sum(1), shifted.mul_(p_CV).sum(1), picked_C))
     total_C, energy_C, picked_C = all_reduce(sums, axis)
     log_C = total_C.log()
-    return picked_C - top_C - log_C, top_C + log_C, log_C - energy_C / total_C
+    found = torch.stack((picked_C - top_C - log_C, top_C + log_C, log_C - energy_C / total_C))
+    return found, p_CV.div_(total_C[:, None])
 
 
 def _dlogits(
-    logits_CV: torch.Tensor,
-    log_sum_C: torch.Tensor,
+    p_CV: torch.Tensor,
     entropy_C: torch.Tensor,
     local_C: torch.Tensor,
     mine_C: torch.Tensor,
     grad_log_C: torch.Tensor | None,
     grad_entropy_C: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gradient of the logits, which are overwritten: g (1[token] - p) - h p (log p + entropy)."""
-    log_p = logits_CV.sub_(log_sum_C[:, None])
-    p = log_p.exp()
-    if grad_entropy_C is None:
-        factor = grad_log_C[:, None] if grad_log_C is not None else 0.0
+    """Gradient of the logits, g (1[token] - p) - h p (log p + entropy), from probabilities that are overwritten."""
+    if grad_entropy_C is not None:
+        # Where p has become 0 its logarithm may be anything finite.
+        factor = p_CV.clamp_min(_TINY).log_().add_(entropy_C[:, None]).mul_(-grad_entropy_C[:, None])
+        out = p_CV.mul_(factor if grad_log_C is None else factor.sub_(grad_log_C[:, None]))
     else:
-        factor = log_p.add_(entropy_C[:, None]).mul_(grad_entropy_C[:, None])
-        if grad_log_C is not None:
-            factor.add_(grad_log_C[:, None])
-    out = p.mul_(factor).neg_()
+        out = p_CV.mul_(-grad_log_C[:, None]) if grad_log_C is not None else p_CV.zero_()
     if grad_log_C is not None and out.shape[1]:
         out.scatter_add_(1, local_C[:, None], (grad_log_C * mine_C)[:, None])
     return out
+
+
+def _again(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, log_sum_C: torch.Tensor) -> torch.Tensor:
+    """A chunk's probabilities from the hidden states and what the forward kept of its logits."""
+    return product_nt_fp32(hidden_CD, weight_VD).sub_(log_sum_C[:, None]).exp_()
 
 
 class _FromLogits(torch.autograd.Function):
@@ -58,9 +63,8 @@ class _FromLogits(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         asked = Asked.of(tokens_T, vocab)
         own = asked.take(logits_TV)[:, : vocab.rows]
-        log_S, log_sum_S, entropy_S = _statistics(
-            own.to(torch.float32, copy=True), asked.local_S, asked.mine_S, vocab.axis
-        )
+        own = own.to(torch.float32, copy=True)
+        log_S, log_sum_S, entropy_S = _statistics(own, asked.local_S, asked.mine_S, vocab.axis)[0]
         ctx.save_for_backward(logits_TV, log_sum_S, entropy_S)
         ctx.asked, ctx.vocab = asked, vocab
         ctx.set_materialize_grads(False)
@@ -71,15 +75,16 @@ class _FromLogits(torch.autograd.Function):
         logits_TV, log_sum_S, entropy_S = ctx.saved_tensors
         asked, rows = ctx.asked, ctx.vocab.rows
         grads_S = [None if g is None else asked.take(g).float() for g in grads]
-        own = asked.take(logits_TV)[:, :rows].to(torch.float32, copy=True)
-        dlogits = _dlogits(own, log_sum_S, entropy_S, asked.local_S, asked.mine_S, *grads_S)
+        p = asked.take(logits_TV)[:, :rows].to(torch.float32, copy=True).sub_(log_sum_S[:, None]).exp_()
+        dlogits = _dlogits(p, entropy_S, asked.local_S, asked.mine_S, *grads_S)
         out = torch.zeros_like(logits_TV)
         out[:, :rows] = asked.spread(dlogits).to(out.dtype)
         return out, None, None
 
 
 class _FromHidden(torch.autograd.Function):
-    """Keeps hidden rows as they came and two numbers a token; the backward makes each chunk's logits again."""
+    """Keeps hidden rows as they came and two numbers a token, and the probabilities of as many tokens as it may; the
+    backward makes the logits of the others again."""
 
     @staticmethod
     def forward(
@@ -90,19 +95,26 @@ class _FromHidden(torch.autograd.Function):
         vocab: VocabRows,
         chunk: int,
         place: Place,
+        keep: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         asked = Asked.of(tokens_T, vocab)
         hidden_SD = asked.take(all_hidden(hidden_RD, place))
         weight = weight_VD[: vocab.rows].to(hidden_SD.dtype)
         out = torch.empty(3, asked.count, dtype=torch.float32, device=hidden_RD.device)
+        kept: list[torch.Tensor] = []
         with torch.autocast(hidden_RD.device.type, enabled=False):
             for start in range(0, asked.count, chunk):
                 part = slice(start, start + chunk)
-                logits = product_nt_fp32(hidden_SD[part], weight)
-                out[:, part] = torch.stack(_statistics(logits, asked.local_S[part], asked.mine_S[part], vocab.axis))
+                out[:, part], p_CV = _statistics(
+                    product_nt_fp32(hidden_SD[part], weight), asked.local_S[part], asked.mine_S[part], vocab.axis
+                )
+                if start + len(p_CV) <= keep:
+                    kept.append(p_CV)
+                del p_CV  # or it would live beside the next chunk's
         log_S, log_sum_S, entropy_S = out
         ctx.save_for_backward(hidden_RD, weight_VD, log_sum_S, entropy_S)
         ctx.asked, ctx.vocab, ctx.chunk, ctx.place, ctx.dtype = asked, vocab, chunk, place, hidden_SD.dtype
+        ctx.kept = kept
         ctx.set_materialize_grads(False)
         return asked.spread(log_S), asked.spread(entropy_S)
 
@@ -120,18 +132,19 @@ class _FromHidden(torch.autograd.Function):
             grad_w = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device) if need_w else None
             for start in range(0, asked.count, ctx.chunk):
                 part = slice(start, start + ctx.chunk)
-                logits = product_nt_fp32(hidden_SD[part], weight)
-                at = [x[part] for x in (log_sum_S, entropy_S, asked.local_S, asked.mine_S)]
+                at = [x[part] for x in (entropy_S, asked.local_S, asked.mine_S)]
                 grads_C = [g if g is None else g[part] for g in grads_S]
-                dlogits = _dlogits(logits, *at, *grads_C).to(ctx.dtype)
+                p_CV = ctx.kept.pop(0) if ctx.kept else _again(hidden_SD[part], weight, log_sum_S[part])
+                dlogits = _dlogits(p_CV, *at, *grads_C).to(ctx.dtype)
                 if grad_h is not None:
                     grad_h.put(part, product_nt_fp32(dlogits, weight.t()))
                 if grad_w is not None:
                     add_weight_grad(grad_w[: vocab.rows], dlogits, hidden_SD[part])
+                del p_CV, dlogits
         return (
             grad_h.wait(hidden_RD.shape).to(hidden_RD.dtype) if grad_h is not None else None,
             grad_w.to(weight_VD.dtype) if grad_w is not None else None,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -142,6 +155,7 @@ def token_log_probs(
     place: Place = SINGLE,
     vocab: int | None = None,
     chunk: int = 1024,
+    keep: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each token under `softmax(hidden @ weight.T)`, and the entropy, in nats; both differentiable.
 
@@ -151,12 +165,15 @@ def token_log_probs(
         tokens_T: int64; -100 where nothing is asked: there both results are 0 and no gradient flows.
         vocab: number of tokens, where the rows of all ranks are more (padding).
         chunk: tokens whose logits exist at the same time.
+        keep: tokens whose probabilities (fp32, this rank's part) are kept for the backward, in whole chunks; the
+            logits of the others are made twice.
 
     Returns:
         Two fp32 [T], the same on every rank of tp. For a temperature, divide the hidden states by it.
     """
     rows = VocabRows.of(weight_VD.shape[0], vocab, place.tp)
-    return _FromHidden.apply(hidden_RD, weight_VD, tokens_T, rows, chunk, place)
+    differentiable = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
+    return _FromHidden.apply(hidden_RD, weight_VD, tokens_T, rows, chunk, place, keep if differentiable else 0)
 
 
 def token_log_probs_of_logits(

@@ -188,7 +188,12 @@ def reduce_what_is_kept() -> str:
 
 
 def distribution(
-    vocab_size: int, chunk: int, sequence_parallel: bool, from_logits: bool, dtype: torch.dtype = torch.float32
+    vocab_size: int,
+    chunk: int,
+    sequence_parallel: bool,
+    from_logits: bool,
+    dtype: torch.dtype = torch.float32,
+    keep: int = 0,
 ) -> dict[str, Any]:
     """Log-probabilities, entropies, their gradients and the best three, from this rank's part."""
     place = here(sequence_parallel)
@@ -205,7 +210,7 @@ def distribution(
         log_p, entropy = vocab.token_log_probs_of_logits(logits, tokens_T, tp, vocab_size)
         values, ids = vocab.top_k_of_logits(logits, 3, tp, vocab_size)
     else:
-        log_p, entropy = vocab.token_log_probs(hidden, weight, tokens_T, place, vocab_size, chunk)
+        log_p, entropy = vocab.token_log_probs(hidden, weight, tokens_T, place, vocab_size, chunk, keep)
         values, ids = vocab.top_k(hidden, weight, 3, place, vocab_size, chunk)
     (log_p * seeds[0] + entropy * seeds[1]).sum().backward()
     return {
