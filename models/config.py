@@ -283,3 +283,5 @@ class Runtime:
     """selective makes norm outputs and the SwiGLU product again in the backward; full makes whole layers again."""
     loss_chunk: int = 1024
     """Tokens whose logits exist at once."""
+    loss_keep: int = 0
+    """Log-probabilities: tokens whose probabilities are kept for the backward; the logits of others are made twice."""

@@ -88,7 +88,7 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, place, place.splits_rows)
         if chunk.heads and cfg.head == "lm":
             tied = self.embed.weight if cfg.tied_embeddings and self.embed is not None else None
-            self.head = LMHead(cfg, place, runtime.loss_chunk, tied)
+            self.head = LMHead(cfg, place, runtime, tied)
             if cfg.tied_embeddings and tied is None:
                 tie_ends(None, self.head.weight, "embed.weight")
         elif chunk.heads:

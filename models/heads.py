@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.config import ModelConfig
+from models.config import ModelConfig, Runtime
 from parallel.collectives import gather_from, join_rows
 from parallel.layers import parameter
 from parallel.linear_loss import linear_loss
@@ -16,9 +16,9 @@ from parallel.vocab import token_log_probs
 class LMHead(nn.Module):
     """Logits over the vocabulary, or straight the loss. `tied` is the embedding's parameter, registered here too."""
 
-    def __init__(self, cfg: ModelConfig, place: Place, loss_chunk: int, tied: nn.Parameter | None) -> None:
+    def __init__(self, cfg: ModelConfig, place: Place, runtime: Runtime, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self.place, self.loss_chunk, self.vocab = place, loss_chunk, cfg.vocab_size
+        self.place, self.runtime, self.vocab = place, runtime, cfg.vocab_size
         shape = (cfg.vocab_size, cfg.hidden_size)
         self.weight = parameter(shape, Shard(0, (cfg.vocab_size,), pad=True), "normal", place) if tied is None else tied
 
@@ -35,9 +35,8 @@ class LMHead(nn.Module):
         if targets_T is not None and temperature is not None:
             return self.log_probs(hidden_RD, targets_T, temperature)
         if targets_T is not None:
-            return linear_loss(
-                hidden_RD, self.weight, targets_T, loss_weight, self.loss_chunk, self.place, vocab=self.vocab
-            )
+            chunk = self.runtime.loss_chunk
+            return linear_loss(hidden_RD, self.weight, targets_T, loss_weight, chunk, self.place, vocab=self.vocab)
         logits = gather_from(self.columns(hidden_RD), self.place.tp)
         return logits if logits.shape[1] == self.vocab else logits[:, : self.vocab]
 
@@ -47,7 +46,8 @@ class LMHead(nn.Module):
         """Log-probability of each token and the entropy at it, see `parallel.vocab.token_log_probs`."""
         if temperature != 1.0:
             hidden_RD = hidden_RD / temperature
-        return token_log_probs(hidden_RD, self.weight, tokens_T, self.place, self.vocab, self.loss_chunk)
+        chunk, keep = self.runtime.loss_chunk, self.runtime.loss_keep
+        return token_log_probs(hidden_RD, self.weight, tokens_T, self.place, self.vocab, chunk, keep)
 
     def columns(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Logits of all rows for this rank's part of the vocabulary, [T, ceil(V / tp)], padding included."""

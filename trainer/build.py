@@ -25,6 +25,8 @@ from trainer.optim import OptimConfig, decay_groups
 CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 24 * 2**20, 512 * 2**20
 """fp32 logits in the loss at one time. On a CPU below what malloc serves from the heap: a larger block would be mapped
 and page-faulted anew for every micro-batch."""
+CPU_KEPT_BYTES, GPU_KEPT_BYTES = 256 * 2**20, 1024 * 2**20
+"""fp32 probabilities that log-probabilities keep from the forward to the backward, on each rank."""
 
 
 def make_engine(
@@ -67,9 +69,10 @@ def make_chunks(
     row_length: int | None = None,
 ) -> list[Decoder]:
     """The pipeline stages of this rank, or the model, on the meta device."""
-    budget = GPU_LOGITS_BYTES if groups.device.type == "cuda" else CPU_LOGITS_BYTES
-    chunk = engine_cfg.loss_chunk or max(budget // (4 * model_cfg.vocab_size), 64)
-    runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk)
+    on_gpu, token_bytes = groups.device.type == "cuda", 4 * model_cfg.vocab_size
+    chunk = engine_cfg.loss_chunk or max((GPU_LOGITS_BYTES if on_gpu else CPU_LOGITS_BYTES) // token_bytes, 64)
+    keep = (GPU_KEPT_BYTES if on_gpu else CPU_KEPT_BYTES) * groups.tp.size // token_bytes
+    runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk, keep)
     whole = [models.Chunk.whole(model_cfg)]
     parts = chunks_of(model_cfg, layout, groups.pp.rank, row_length) if layout.pp > 1 else whole
     return [models.build(model_cfg, groups.place(layout), runtime, part) for part in parts]
