@@ -117,6 +117,7 @@ def _type(hint: Any) -> str:
         (" | None", " or null"),
         ("str", "text"),
         ("bool", "true/false"),
+        (" | ", " or "),
     ):
         text = text.replace(ours, theirs)
     return re.sub(r"\b(?!Source)\w+Config\b", "section", text).replace("SourceConfig", "source")

@@ -7,7 +7,7 @@ composes them and judges how they go together. Nothing here starts a process gro
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from trainer.layout_rules import Layout
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
 from trainer.problems import Problem, format_problems, nearest
+from trainer.rollout.config import RolloutConfig
 from trainer.stages import StageConfig
 
 __all__ = ["Machine", "Problem", "RunConfig", "RunSection", "check", "format_problems", "ignored"]
@@ -98,6 +99,8 @@ class RunConfig:
     """Where the numbers go (conf/log)."""
     run: RunSection
     """Length, place and seed of the run (conf/run)."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Prompts, texts and rewards of reinforcement learning (conf/rollout)."""
     init_from: str | None = None
     """Weights to start from: a Hugging Face folder, a Megatron checkpoint of any layout, or a run of Loom; null draws
     fresh weights from run.seed."""
@@ -133,7 +136,7 @@ def own_problems(cfg: RunConfig) -> list[Problem]:
     """What each section says of its own values."""
     rows = [(f"model.{key}", value, reason, way) for key, value, reason, way in model_problems(cfg.model)]
     rows += data_problems(cfg.data)
-    for section in (cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run):
+    for section in (cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
         rows += section.problems()
     return [Problem(*row) for row in rows]
 

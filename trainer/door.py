@@ -23,13 +23,22 @@ from trainer.problems import Problem, format_problems
 EXAMPLES = {
     "data.sources": "'data.sources=[{path: chats.jsonl, channel: chat}]'",
     "data.eval_sources": "'data.eval_sources=[{path: held_out.jsonl, channel: chat}]'",
+    "rollout.rewards": "'rollout.rewards=[{function: numeric_match}]'",
     "optim.betas": "'optim.betas=[0.9,0.95]'",
     "model.moe.num_experts": "model.moe.num_experts=8, or a model with experts (model=qwen3_30b_a3b)",
     "model.mla.kv_rank": "model.mla.kv_rank=512, or a model with latent attention (model=deepseek_v2_lite)",
 }
 """How to give the keys whose type alone does not show it."""
-LISTS = ("data.sources", "data.eval_sources")
-PATH_KEYS = ("init_from", "data.tokenizer", "data.chat_template", "data.cache_dir", "run.dir", "run.resume")
+LISTS = ("data.sources", "data.eval_sources", "rollout.rewards")
+PATH_KEYS = (
+    "init_from",
+    "data.tokenizer",
+    "data.chat_template",
+    "data.cache_dir",
+    "rollout.reward_model",
+    "run.dir",
+    "run.resume",
+)
 
 
 def preflight(argv: Sequence[str], world_size: int = 1) -> None:

@@ -1,8 +1,8 @@
 """Plain mappings to frozen dataclasses, type by type, telling every mismatch instead of the first.
 
-Understood field types: ``bool``, ``int``, ``float``, ``str``, ``Literal``, ``X | None``, ``tuple[X, ...]``,
-``tuple[X, Y]``, ``dict[str, X]``, dataclasses of these, and a union of dataclasses that are told apart by their
-``name: Literal[...]`` (the stages).
+Understood field types: ``bool``, ``int``, ``float``, ``str``, unions of these, ``Literal``, ``X | None``,
+``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``, dataclasses of these, and a union of dataclasses that are told
+apart by their ``name: Literal[...]`` (the stages).
 """
 
 from __future__ import annotations
@@ -143,12 +143,20 @@ class _Reader:
             return None
         if len(members) == 1:
             return self.value(members[0], given, key)
+        if all(member in SCALARS for member in members):
+            return self._any_scalar(members, given, key)
         assert is_section(hint), f"{key}: the door reads X | None or a union of sections, not {hint}"
         by_name = {name: member for member in members for name in names_of(member)}
         name = given.get("name") if isinstance(given, Mapping) else None
         if name not in by_name:
             return self._literal(tuple(by_name), name, f"{key}.name")
         return self.section(by_name[name], given, key)
+
+    def _any_scalar(self, members: list[Any], given: object, key: str) -> Any:
+        if type(given) in members:
+            return given
+        wanted = " or ".join(SCALARS[member] for member in members)
+        raise self.refuse(key, given, f"expected {wanted}, got {_kind(given)}", self._example(key, f"{key}=VALUE"))
 
     def _literal(self, choices: tuple[Any, ...], given: object, key: str) -> Any:
         for choice in choices:

@@ -22,10 +22,12 @@ READS_ENVIRONMENT = (
     "parallel/groups.py",
     "parallel/host_memory.py",
     "trainer/inference/vllm_backend.py",
+    "trainer/rollout/worker.py",
     "scripts/bench/",
 )
 """The launcher's ranks are read in the first; the second sizes torch's flight recorder and the third says which GPUs
-are vLLM's, which have no other setting; the others start processes of their own and hand their environment on."""
+are vLLM's, which have no other setting; the fourth forgets whose rank started it; the others start processes of their
+own and hand their environment on."""
 ROOM_FILES = sorted(p.relative_to(ROOT).as_posix() for room in MAY_IMPORT for p in (ROOT / room).rglob("*.py"))
 
 

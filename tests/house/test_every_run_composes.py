@@ -35,7 +35,7 @@ def keys_of(tree: Any, prefix: str = "") -> set[str]:
     found: set[str] = set()
     for name, value in tree.items():
         path = f"{prefix}{name}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             found |= keys_of(value, f"{path}.")
         else:
             found.add(path)
@@ -76,7 +76,7 @@ def test_named_run_is_complete(run: str, world_size: int, composed: Compose, wor
     assert re.search(rf"^#\s+torchrun .*train\.py.* run={run}\b", command, re.MULTILINE), "the header shows the command"
 
 
-@pytest.mark.parametrize("group", ["stage", "engine", "optim", "log", "data"])
+@pytest.mark.parametrize("group", ["stage", "engine", "optim", "log", "data", "rollout"])
 def test_each_option_of_a_group_composes(group: str, composed: Compose) -> None:
     for option in options(group):
         cfg = composed("data.sources=[{path: chats.jsonl}]", "run.steps=1") if group != "data" else composed()
@@ -99,7 +99,7 @@ def test_each_layout_is_legal_where_its_processes_are(option: str, composed: Com
 
 def test_conf_has_no_key_that_the_dataclasses_lack() -> None:
     legal = set(typed.keys(RunConfig))
-    for group in ("model", "stage", "data", "parallel", "engine", "optim", "log"):
+    for group in ("model", "stage", "data", "parallel", "engine", "optim", "log", "rollout"):
         for option in options(group):
             unknown = keys_of(section(group, option), f"{group}.") - legal - {f"{group}.defaults"}
             assert not unknown, f"conf/{group}/{option}.yaml: {sorted(unknown)}"
@@ -119,6 +119,7 @@ def test_every_key_can_be_set_without_a_plus() -> None:
         "engine": "zero1",
         "optim": "adamw",
         "log": "default",
+        "rollout": "default",
         "run": "default",
     }
     for group, option in chosen.items():
@@ -130,7 +131,7 @@ def test_every_key_can_be_set_without_a_plus() -> None:
 def test_yaml_and_dataclass_agree_on_defaults(composed: Compose) -> None:
     """A setting counts as given when it differs from the dataclass default, so the two may not drift apart."""
     cfg = load(composed("data.sources=[{path: chats.jsonl}]"))
-    for part in (cfg.data, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run):
+    for part in (cfg.data, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
         for field in dataclasses.fields(part):
             if field.default is not dataclasses.MISSING:
                 assert getattr(part, field.name) == field.default, f"{type(part).__name__}.{field.name}"

@@ -23,7 +23,7 @@ REFUSALS = [
     # the command line
     ("optim.leraning_rate=3e-4", ["optim.leraning_rate", "did you mean optim.lr?"]),
     ("model=lama7b", ["conf/model has no such option", "model=llama7b"]),
-    ("tp=2", ["did you mean parallel.tp?"]),
+    ("tp=2", ["did you mean parallel.tp or rollout.tp?"]),
     ("parallel.tensor_parallel=2", ["did you mean parallel.tp?"]),
     ("parallel.dp=2", ["launched processes /", "leave parallel.dp out"]),
     ("optim.lr=1 optim.lr=2", ["more than once"]),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from data.prompts import Prompt
-from models.generation import Completion, SamplingConfig
 
-__all__ = ["Finish", "Prompt", "Rollout", "Turn", "Writer"]
+if TYPE_CHECKING:  # processes that only judge texts read this file too, and have no use for torch
+    from models.generation import Completion, SamplingConfig
+
+__all__ = ["Answer", "Finish", "Prompt", "Rollout", "Turn", "Writer"]
 
 Finish = Literal["stop", "length", "turns", "error"]
 """The policy ended its text (and the task the conversation); no room for new tokens was left; the task would have gone
@@ -31,6 +33,16 @@ class Turn:
     def learnt(self) -> bool:
         """Whether the policy wrote it."""
         return self.role == "assistant"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a task says to the policy's last text."""
+
+    text: str | None
+    """None ends the conversation."""
+    reward: float = 0.0
+    """Added to the part of the reward called `task`."""
 
 
 @dataclass(frozen=True)
