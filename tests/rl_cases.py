@@ -16,7 +16,7 @@ from parallel.sharding import Place, shard_of
 from tests.cases import NAMES, here, my_parts, whole
 from trainer.optim import OptimConfig
 from trainer.rl.weights import GeneratorWeights
-from trainer.run import make_engine
+from trainer.build import make_engine
 from trainer.stages.next_token import NextToken
 
 
