@@ -22,14 +22,16 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from data.cache_files import VERSION, ShardInfo, ShardWriter, TokenCache, is_complete, write_manifest
+from data.cache_files import VERSION, Item, ShardInfo, ShardWriter, TokenCache, is_complete, write_manifest
 from data.chat import ChatTemplate, special_tokens, template_renderer
 from data.config import SourceConfig
-from data.encode import Encoder, Prepared
-from data.formats import FORMATS, Row, RowError, detect_format
+from data.encode import Encoder
 from data.hashing import hash_files
+from data.kinds import KINDS, KindName, check_format, detect_format
+from data.notes import Note
 from data.peers import Peers
 from data.readers import READERS
+from data.rows import Ask, Judged, Pair, Row, RowError, Sample
 from data.sources import SourceFile, Unit, cut_units, list_files, share_units
 from data.tokenizer import TokenizerInfo, describe, load_tokenizer, tokenizer_digest
 
@@ -82,7 +84,9 @@ class Maker:
             raise ValueError(f"data.chat_template={self.template_path} cannot be read: {err}") from err
 
 
-def open_cache(source: SourceConfig, key: str, cache_dir: str, maker: Maker, peers: Peers) -> TokenCache:
+def open_cache(
+    source: SourceConfig, key: str, cache_dir: str, maker: Maker, peers: Peers, kind: KindName = "text"
+) -> TokenCache:
     """The token cache of a source, built first if it is not there. To be called by all ranks together.
 
     Args:
@@ -90,15 +94,20 @@ def open_cache(source: SourceConfig, key: str, cache_dir: str, maker: Maker, pee
         key: its name in the config, such as `data.sources[0]`, for messages and the progress bar.
         cache_dir: folder of all caches.
         maker: tokenizer, template and what to learn.
+        kind: what the stage learns from.
 
     Raises:
-        ValueError: the path, the format, the tokenizer or the template is wrong, or the cache cannot be written.
+        ValueError: the path, the format (or it gives another kind), the tokenizer or the template is wrong, or the
+            cache cannot be written.
     """
+    if source.format != "auto":
+        check_format(source.format, key, kind)
     files = peers.from_first(lambda: list_files(source, key))
     paths = [file.path for file in files]
     digests = hash_files(paths, cache_dir, peers)
     parts = {
         "version": VERSION,
+        "kind": kind,
         "files": [(file.name, file.kind, file.channel, digest) for file, digest in zip(files, digests, strict=True)],
         "format": source.format,
         "channel": (source.channel, source.channel_field),
@@ -107,7 +116,7 @@ def open_cache(source: SourceConfig, key: str, cache_dir: str, maker: Maker, pee
     name = hashlib.blake2b(json.dumps(parts).encode("utf-8"), digest_size=16).hexdigest()
     folder = os.path.join(cache_dir, name)
     if not peers.from_first(lambda: is_complete(folder)):
-        _build(_Plan(source, key, files, folder, name, maker), peers)
+        _build(_Plan(source, key, files, folder, name, maker, kind), peers)
     opened: list[TokenCache] = []
     peers.run(lambda: opened.append(_open(folder, paths)))
     return opened[0]
@@ -121,6 +130,7 @@ class _Plan:
     folder: str
     name: str
     maker: Maker
+    kind: KindName
 
 
 def _build(plan: _Plan, peers: Peers) -> None:
@@ -130,7 +140,9 @@ def _build(plan: _Plan, peers: Peers) -> None:
         form = peers.from_first(lambda: _format(plan))
         shards = peers.run(lambda: _writing(cache_dir, lambda: _build_shard(plan, form, work, peers)))
         dtype, info = _token_dtype(plan.maker.load()[1]), plan.maker.load()[1]
-        peers.from_first(lambda: _writing(cache_dir, lambda: write_manifest(work, plan.name, dtype, info, shards)))
+        peers.from_first(
+            lambda: _writing(cache_dir, lambda: write_manifest(work, plan.name, plan.kind, dtype, info, shards))
+        )
         peers.from_first(lambda: _writing(cache_dir, lambda: _put_in_place(work, plan.folder)))
     finally:
         if peers.rank == 0:
@@ -143,7 +155,8 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
         raise _not_shared(os.path.dirname(work))
     units = share_units(cut_units(plan.files), peers.rank, peers.world)
     encoder = plan.maker.encoder()
-    writer = ShardWriter(work, peers.rank, _token_dtype(plan.maker.load()[1]))
+    writer = ShardWriter(work, peers.rank, _token_dtype(plan.maker.load()[1]), plan.kind)
+    parse = KINDS[plan.kind].formats[form].parse
     try:
         lines = _LineNumbers(plan.files)
         hidden = peers.rank != 0 or not sys.stderr.isatty()
@@ -151,28 +164,47 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
         with tqdm(total=sum(unit.size for unit in units), unit="B", unit_scale=True, desc=label, disable=hidden) as bar:
             for unit in units:
                 file = plan.files[unit.file]
-                batch: list[tuple[Prepared, str]] = []
+                batch: list[Item] = []
                 chars = 0
                 for line, row, reason in READERS[file.kind].read(file.path, unit.start, unit.stop):
                     try:
                         if row is None:
                             raise RowError(reason)
                         channel = _channel(plan.source, file, row)
-                        prepared = encoder.prepare(FORMATS[form].parse(row))
+                        sample = parse(row)
+                        documents = encoder.prepare(sample)
                     except RowError as err:
                         writer.add_bad(unit.file, lines.whole(unit, line), str(err))
                         continue
-                    batch.append((prepared, channel))
-                    chars += len(prepared.text)
+                    note = None
+                    if plan.kind != "text":
+                        note = make_note(sample, documents[0].text, unit.file, lines.whole(unit, line))
+                    batch.append(Item(documents, channel, note))
+                    chars += sum(len(document.text) for document in documents)
                     if len(batch) >= BATCH_ROWS or chars >= BATCH_CHARS:
-                        writer.add(batch, encoder.encode([item for item, _ in batch]))
+                        _write(writer, encoder, batch)
                         batch, chars = [], 0
-                writer.add(batch, encoder.encode([item for item, _ in batch]))
+                _write(writer, encoder, batch)
                 bar.update(unit.size)
         return writer.close()
     except BaseException:
         writer.abandon()
         raise
+
+
+def _write(writer: ShardWriter, encoder: Encoder, batch: list[Item]) -> None:
+    writer.add(batch, encoder.encode([document for item in batch for document in item.documents]))
+
+
+def make_note(sample: Sample, text: str, file: int, line: int) -> Note:
+    """What is kept of a sample beside its tokens."""
+    if isinstance(sample, Pair):
+        return Note(file, line, float("nan") if sample.margin is None else sample.margin)
+    if isinstance(sample, Judged):
+        return Note(file, line, float(sample.desirable))
+    assert isinstance(sample, Ask)
+    messages = None if isinstance(sample.prompt, str) else sample.prompt
+    return Note(file, line, row={"text": text, "messages": messages, "fields": sample.fields})
 
 
 def _channel(source: SourceConfig, file: SourceFile, row: Row) -> str:
@@ -188,12 +220,12 @@ def _format(plan: _Plan) -> str:
     """The source's format: as the config says, or from its first rows."""
     if plan.source.format != "auto":
         return plan.source.format
-    if all(file.kind == "text" for file in plan.files):
+    if plan.kind == "text" and all(file.kind == "text" for file in plan.files):
         return "text"
     rows = list(_first_rows(plan.files))
     if not rows:
-        return "text"  # nothing readable: the gate says so with the reasons of the rows
-    return detect_format(rows, plan.source.path, plan.key)
+        return next(iter(KINDS[plan.kind].formats))  # nothing readable: the gate says so with the reasons of the rows
+    return detect_format(rows, plan.source.path, plan.key, plan.kind)
 
 
 def _first_rows(files: list[SourceFile]) -> Iterator[Row]:

@@ -5,6 +5,9 @@ manifest.json            written last: version, key, shards with the sizes of th
 0000.learn               one bit a token: is it learnt (little bit order)
 0000.samples.npy         one SAMPLE record a sample
 0000.bad.jsonl           malformed rows: {file, line, reason}
+0000.notes.npy, .rows.jsonl   of preferences and prompts, see notes.py
+
+A pair is one sample: the tokens of the chosen document, then those of the rejected one.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from data.encode import Encoded, Prepared
+from data.kinds import KindName
+from data.notes import NOTE, Note, NoteWriter, create, read_row
 from data.tokenizer import TokenizerInfo
 
-VERSION = 1
+VERSION = 2
 """Part of every key: raise it whenever the files or the way tokens and masks are made change."""
 
 SAMPLE = np.dtype(
@@ -33,7 +39,7 @@ SAMPLE = np.dtype(
         ("channel", "<i4"),  # index into the shard's channels
         ("turns", "<i4"),  # endings to learn
         ("stops", "<i4"),  # of them with a learnt stop token
-        ("too_long", "<i4"),  # encode.CUT or encode.TRUNCATE
+        ("too_long", "<i4"),  # encode.CUT, TRUNCATE or DROP
     ]
 )
 
@@ -62,16 +68,28 @@ class ShardInfo:
     """Bytes of each file: a shard whose files differ is not trusted."""
 
 
+@dataclass(frozen=True)
+class Item:
+    """A sample to write."""
+
+    documents: tuple[Prepared, ...]
+    """Two of a pair, one of anything else."""
+    channel: str
+    note: Note | None = None
+    """Of every sample, unless the kind of the cache is text."""
+
+
 class ShardWriter:
     """Writes one shard; `close` returns its ShardInfo."""
 
-    def __init__(self, folder: str, index: int, token_dtype: np.dtype) -> None:
+    def __init__(self, folder: str, index: int, token_dtype: np.dtype, kind: KindName = "text") -> None:
         self._stem = os.path.join(folder, f"{index:04d}")
         self._dtype = token_dtype
         self._open = ExitStack()
         self._streams: dict[str, BinaryIO] = {}
         for name in ("tokens", "learn", "bad.jsonl"):
-            self._streams[name] = self._open.enter_context(_create(f"{self._stem}.{name}"))
+            self._streams[name] = self._open.enter_context(create(f"{self._stem}.{name}"))
+        self._notes = NoteWriter(self._stem) if kind != "text" else None
         self._samples: list[np.ndarray] = []
         self._spare_bits = np.zeros(0, dtype=bool)
         self._channels: dict[str, int] = {}
@@ -79,17 +97,24 @@ class ShardWriter:
         self._tokens = self._num_bad = 0
         self._max_id = -1
 
-    def add(self, items: list[tuple[Prepared, str]], encoded: list[Encoded]) -> None:
-        """Append samples: what was prepared, its channel, and its tokens."""
+    def add(self, items: list[Item], encoded: list[Encoded]) -> None:
+        """Append samples; `encoded` has the tokens of all their documents, one after another."""
         if not items:
             return
-        fields, at = [], self._tokens
-        for (item, channel), made in zip(items, encoded, strict=True):
-            number = self._channels.setdefault(channel, len(self._channels))
-            self._examples.setdefault(channel, item.text[-300:])
-            length, targets = len(made.tokens_L), int(made.learn_L[1:].sum())
-            fields.append((at, length, targets, item.content_hash, number, item.turns, item.stops, item.too_long))
+        fields, at, next_document = [], self._tokens, iter(encoded)
+        for item in items:
+            number = self._channels.setdefault(item.channel, len(self._channels))
+            self._examples.setdefault(item.channel, item.documents[0].text[-300:])
+            made = [next(next_document) for _ in item.documents]
+            length = sum(len(each.tokens_L) for each in made)
+            targets = sum(int(each.learn_L[1:].sum()) for each in made)
+            turns, stops = sum(each.turns for each in item.documents), sum(each.stops for each in item.documents)
+            first = item.documents[0]
+            fields.append((at, length, targets, first.content_hash, number, turns, stops, first.too_long))
             at += length
+            if self._notes is not None:
+                assert item.note is not None
+                self._notes.add(item.documents, made, item.note)
         self._samples.append(np.array(fields, dtype=SAMPLE))
         tokens_L = np.concatenate([made.tokens_L for made in encoded])
         self._max_id = max(self._max_id, int(tokens_L.max(initial=-1)))
@@ -116,7 +141,7 @@ class ShardWriter:
         for stream in self._streams.values():
             _flush(stream)
         self._open.close()
-        names = ("tokens", "learn", "samples.npy", "bad.jsonl")
+        names = ["tokens", "learn", "samples.npy", "bad.jsonl", *(self._notes.close() if self._notes else ())]
         sizes = {name: os.path.getsize(f"{self._stem}.{name}") for name in names}
         num_samples = sum(len(part) for part in self._samples)
         channels = tuple(self._channels)
@@ -124,14 +149,19 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the files of a build that failed; what they hold does not count."""
+        if self._notes:
+            self._notes.abandon()
         self._open.close()
 
 
-def write_manifest(folder: str, key: str, token_dtype: np.dtype, info: TokenizerInfo, shards: list[ShardInfo]) -> None:
+def write_manifest(
+    folder: str, key: str, kind: KindName, token_dtype: np.dtype, info: TokenizerInfo, shards: list[ShardInfo]
+) -> None:
     """Write manifest.json, the file that makes the folder a cache."""
     content = {
         "version": VERSION,
         "key": key,
+        "kind": kind,
         "dtype": token_dtype.name,
         "tokenizer": asdict(info),
         "shards": [asdict(shard) for shard in shards],
@@ -154,6 +184,7 @@ class TokenCache:
         assert manifest is not None, folder
         self.folder = folder
         self.key: str = manifest["key"]
+        self.kind: KindName = manifest["kind"]
         self._paths = paths
         self.tokenizer = TokenizerInfo(**manifest["tokenizer"])
         self.shards = [ShardInfo(**{**shard, "channels": tuple(shard["channels"])}) for shard in manifest["shards"]]
@@ -167,6 +198,15 @@ class TokenCache:
         self._learn = [_map(f"{stem}.learn", "uint8", -(-n // 8)) for stem, n in zip(stems, sizes, strict=True)]
         self._first = np.cumsum([0] + [shard.samples for shard in self.shards])
         self.samples = self._load_samples(stems)
+        self.notes = None if self.kind == "text" else _load_notes(stems)
+        """NOTE [S], unless the kind is text."""
+
+    @cached_property
+    def has_margins(self) -> bool:
+        """Whether a pair says how much better its chosen answer is."""
+        if self.notes is None or self.kind != "preference":
+            return False
+        return bool(np.isfinite(self.notes["value"]).any())
 
     def _load_samples(self, stems: list[str]) -> np.ndarray:
         parts = []
@@ -193,6 +233,19 @@ class TokenCache:
         bits = np.unpackbits(self._learn[shard][at // 8 : -(-(at + length) // 8)], bitorder="little")
         return bits[at % 8 : at % 8 + length].astype(bool)
 
+    def row(self, sample: int) -> dict[str, Any]:
+        """What is kept of a prompt's row: {text, messages, fields}."""
+        assert self.kind == "prompts" and self.notes is not None
+        shard, _ = self._where(sample, 0)
+        with open(os.path.join(self.folder, f"{shard:04d}.rows.jsonl"), "rb") as stream:
+            return read_row(stream, int(self.notes["row"][sample]))
+
+    def place(self, sample: int, reason: str) -> BadRow:
+        """Where a sample with a note stands in the source, to name it."""
+        assert self.notes is not None
+        note = self.notes[sample]
+        return BadRow(self._paths[note["file"]], int(note["line"]), reason)
+
     def bad_rows(self) -> Iterator[BadRow]:
         """All malformed rows, in order."""
         for index in range(len(self.shards)):
@@ -204,6 +257,10 @@ class TokenCache:
     def _where(self, sample: int, start: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._first, sample, side="right")) - 1
         return shard, int(self.samples["offset"][sample]) + start
+
+
+def _load_notes(stems: list[str]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=NOTE), *(np.load(f"{stem}.notes.npy") for stem in stems)])
 
 
 def is_complete(folder: str) -> bool:
@@ -229,10 +286,6 @@ def _read_manifest(folder: str) -> dict[str, Any] | None:
 
 def _map(path: str, dtype: str, length: int) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", shape=(length,)) if length else np.zeros(0, dtype=dtype)
-
-
-def _create(path: str) -> BinaryIO:
-    return open(path, "wb")
 
 
 def _flush(stream: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from data.formats import Chat, Row, RowError
+from data.rows import Chat, Row, RowError
 
 Render = Callable[[list[Row], list[Any] | None, bool], str]
 """(messages, tools, with generation prompt) -> text; raises RowError where the template refuses."""
@@ -60,6 +60,10 @@ class ChatTemplate:
     def text(self, chat: Chat) -> str:
         """The whole conversation as the template writes it; RowError if it refuses."""
         return self._render(chat.messages, chat.tools, False)
+
+    def ask(self, chat: Chat) -> str:
+        """The conversation and the template's generation prompt; RowError if the template refuses."""
+        return self._render(chat.messages, chat.tools, True)
 
     def render(self, chat: Chat) -> Rendered:
         """Text and learnable ranges of a conversation.

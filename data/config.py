@@ -7,7 +7,7 @@ import glob
 import os
 from dataclasses import dataclass
 
-from data.formats import FORMATS
+from data.kinds import FORMAT_NAMES
 
 PACKINGS = ("best_fit", "none")
 
@@ -26,7 +26,8 @@ class SourceConfig:
     weight: float = 1.0
     """How often a sample is seen in one epoch: 2 = twice, 0.5 = half of them, drawn anew each epoch; 0 = never."""
     format: str = "auto"
-    """auto (from the first rows' fields) | text | messages | sharegpt | alpaca | prompt_completion."""
+    """auto (from the first rows' fields and what the stage learns from) | text | messages | sharegpt | alpaca |
+    prompt_completion; of preferences preference | unpaired; of prompts prompt | messages | sharegpt | preference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def source_problems(key: str, source: SourceConfig) -> list[Problem]:
         found.append((f"{key}.path", source.path, "does not exist", nearest_path(source.path)))
     if not 0 <= source.weight < float("inf"):
         found.append((f"{key}.weight", source.weight, "must be 0 or more", f"{key}.weight=1.0"))
-    legal = ("auto", *FORMATS)
+    legal = ("auto", *FORMAT_NAMES)
     if source.format not in legal:
         way_out = f"{key}.format={nearest(source.format, legal)} (one of {', '.join(legal)})"
         found.append((f"{key}.format", source.format, "unknown format", way_out))

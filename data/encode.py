@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from data.chat import ChatTemplate
-from data.formats import Chat, Completion, RowError, Sample, Text
+from data.rows import Ask, Chat, Completion, Judged, Pair, RowError, Sample, Text
 from data.tokenizer import TokenizerInfo
 
-CUT, TRUNCATE = 0, 1
-"""What happens to a sample longer than a row: consecutive pieces, or only its beginning."""
+CUT, TRUNCATE, DROP = range(3)
+"""What happens to a sample longer than a row: consecutive pieces, only its beginning, or it is left out and counted."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,12 @@ class Prepared:
     stops: int
     """How many of them are followed by a learnt stop token."""
     too_long: int
-    """CUT or TRUNCATE."""
+    """CUT, TRUNCATE or DROP."""
     content_hash: int = 0
-    """64-bit hash of the sample itself: the same wherever it stands, and with any tokenizer, template or layout."""
+    """64-bit hash of the sample itself: the same wherever it stands, and with any tokenizer, template or layout. Of
+    preferences and prompts the hash of the prompt alone: all answers to it are held out together."""
+    blank: bool = False
+    """There is no text to learn."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,45 @@ class Encoder:
         self._chat: ChatTemplate | None = None
         self._all = loss_on == "all"
 
-    def prepare(self, sample: Sample) -> Prepared:
-        """The text of a sample and what to learn of it.
+    def prepare(self, sample: Sample) -> tuple[Prepared, ...]:
+        """The documents of a sample as texts, and what to learn of them: two of a pair, one of anything else.
 
         Raises:
             RowError: the sample cannot be used.
             ValueError: a chat, and there is no usable chat template.
         """
-        prepared = self._prepare(sample)
-        try:
-            prepared.text.encode("utf-8")
-        except UnicodeEncodeError as err:
-            raise RowError(f"the text has half a surrogate pair at character {err.start}: not valid Unicode") from err
-        content = json.dumps(vars(sample), sort_keys=True, default=str).encode("utf-8")
-        hashed = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-        return replace(prepared, content_hash=hashed)
+        if isinstance(sample, Pair):
+            chosen, rejected = self._answer(sample.chosen), self._answer(sample.rejected)
+            documents = [replace(each, too_long=DROP) for each in (chosen, rejected)]
+        elif isinstance(sample, Judged):
+            documents = [self._answer(sample.answer)]
+        else:
+            documents = [self._prepare(sample)]
+        for document in documents:
+            try:
+                document.text.encode("utf-8")
+            except UnicodeEncodeError as err:
+                raise RowError(
+                    f"the text has half a surrogate pair at character {err.start}: not valid Unicode"
+                ) from err
+        hashed = _content_hash(sample)
+        return tuple(replace(document, content_hash=hashed) for document in documents)
+
+    def _answer(self, sample: Completion | Chat) -> Prepared:
+        """A document of which only the answer counts, whatever `loss_on` says."""
+        if isinstance(sample, Completion):
+            start, text = len(sample.prompt), sample.prompt + sample.completion
+            ends = int(self._info.eos_id is not None)
+            return Prepared(text, ((start, len(text)),), True, 1, ends, TRUNCATE, blank=not sample.completion.strip())
+        rendered = self._template().render(sample)
+        said = [turn for turn in sample.messages[sample.first_target :] if turn["role"] == "assistant"]
+        blank = not any(turn["content"].strip() or turn.get("tool_calls") for turn in said)
+        return Prepared(rendered.text, rendered.spans, False, rendered.turns, rendered.stops, TRUNCATE, blank=blank)
+
+    def _template(self) -> ChatTemplate:
+        if self._chat is None:
+            self._chat = self._get_chat()
+        return self._chat
 
     def _prepare(self, sample: Sample) -> Prepared:
         ends = int(self._info.eos_id is not None)
@@ -88,12 +115,15 @@ class Encoder:
         if isinstance(sample, Completion):
             text = sample.prompt + sample.completion
             return Prepared(text, ((0 if self._all else len(sample.prompt), len(text)),), True, 1, ends, TRUNCATE)
+        if isinstance(sample, Ask):
+            text = sample.prompt
+            if not isinstance(text, str):
+                text = self._template().ask(Chat(text, tools=sample.tools))
+            return Prepared(text, (), isinstance(sample.prompt, str), 0, 0, DROP)
         assert isinstance(sample, Chat)
-        if self._chat is None:
-            self._chat = self._get_chat()
         if self._all:
-            return self._whole_chat(sample, self._chat)
-        rendered = self._chat.render(sample)
+            return self._whole_chat(sample, self._template())
+        rendered = self._template().render(sample)
         return Prepared(rendered.text, rendered.spans, False, rendered.turns, rendered.stops, TRUNCATE)
 
     def _whole_chat(self, sample: Chat, chat: ChatTemplate) -> Prepared:
@@ -130,9 +160,25 @@ class Encoder:
         bos, eos = self._info.bos_id, self._info.eos_id
         if bos is not None and self._info.adds_bos and (not len(tokens_L) or tokens_L[0] != bos):
             tokens_L, learn_L = np.insert(tokens_L, 0, bos), np.insert(learn_L, 0, self._all)
-        if eos is not None and (not len(tokens_L) or tokens_L[-1] != eos):
+        asks = item.too_long == DROP and not item.turns  # a prompt goes on
+        if eos is not None and not asks and (not len(tokens_L) or tokens_L[-1] != eos):
             tokens_L, learn_L = np.append(tokens_L, eos), np.append(learn_L, bool(item.spans))
         return Encoded(tokens_L, learn_L)
+
+
+def _content_hash(sample: Sample) -> int:
+    of: Any = vars(sample)
+    if isinstance(sample, Pair | Judged | Ask):
+        of = _prompt_of(sample) or (repr(sample) if isinstance(sample, Pair | Judged) else "")
+    content = json.dumps(of, sort_keys=True, default=str).encode("utf-8")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _prompt_of(sample: Pair | Judged | Ask) -> str | list[Any]:
+    if isinstance(sample, Ask):
+        return sample.prompt
+    document = sample.chosen if isinstance(sample, Pair) else sample.answer
+    return document.prompt if isinstance(document, Completion) else document.messages[: document.first_target]
 
 
 def mask_from_spans(offsets_L2: np.ndarray, spans: tuple[tuple[int, int], ...]) -> np.ndarray:

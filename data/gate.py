@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 
 import numpy as np
 
 from data.cache_files import BadRow, TokenCache
+from data.kinds import KindName
 from data.order import RowOrder
-from data.samples import Kept
+from data.samples import Kept, dropped_for
 
 SHOWN_BAD_ROWS = 5
+
+Column = Callable[["ChannelReport"], str]
+
+
+REASONS = {
+    "too_long": "the two documents have {tokens} tokens together, more than data.seq_len={seq_len}",
+    "equal": "chosen and rejected are the same",
+    "empty": "an answer is empty: it has nothing to learn",
+}
 
 
 class GateError(ValueError):
@@ -48,6 +58,14 @@ class ChannelReport:
     """The channel's part of the tokens of the first epoch, 0..1, weights applied."""
     eval_samples: int
     """Samples held out or from eval_sources."""
+    equal_pairs: int = 0
+    """Pairs whose two answers are the same tokens: dropped."""
+    empty_answers: int = 0
+    """Pairs and judged answers with an answer that has no text or nothing to learn: dropped."""
+    too_long_pairs: int = 0
+    """Pairs that do not fit in a row together: dropped, because half a pair says nothing."""
+    desirable: int = 0
+    """Judged answers that were found good."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +78,23 @@ class GateReport:
     """Tokens / (rows x seq_len) of the first epoch."""
     bad_row_count: int
     caches: tuple[TokenCache, ...] = field(repr=False)
+    seq_len: int = 0
+    longest_dropped: int = 0
+    """Tokens of the longest pair that was dropped for its length; 0 if none was."""
+    kind: KindName = "text"
 
     def bad_rows(self) -> Iterator[BadRow]:
-        """Every malformed row, source after source."""
+        """Every malformed row, source after source, then the well-formed pairs and judged answers that are dropped."""
         for cache in self.caches:
             yield from cache.bad_rows()
+        for cache in (cache for cache in self.caches if cache.notes is not None):
+            for name, found_S in dropped_for(cache, np.arange(cache.num_samples), self.seq_len).items():
+                for sample in np.flatnonzero(found_S).tolist():
+                    tokens = int(cache.samples["length"][sample])
+                    yield cache.place(sample, REASONS[name].format(tokens=tokens, seq_len=self.seq_len))
 
     def write_bad_rows(self, path: str) -> None:
-        """Write a JSON line {file, line, reason} for every malformed row; replaces the file at once."""
+        """Write a JSON line {file, line, reason} for every malformed or dropped row; replaces the file at once."""
         part = f"{path}.part"
         with open(part, "w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(asdict(row)) + "\n" for row in self.bad_rows())
@@ -83,20 +110,9 @@ class GateReport:
         }
 
     def __str__(self) -> str:
-        head = (
-            "channel",
-            "samples",
-            "tokens",
-            "supervised",
-            "masked rows",
-            "truncated",
-            "stop",
-            "packed",
-            "share",
-            "eval",
-        )
-        lines = [head, *(_line(channel) for channel in self.channels)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        columns = COLUMNS[self.kind]
+        lines = [tuple(columns), *(tuple(show(channel) for show in columns.values()) for channel in self.channels)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
         table = [
             "  ".join(
                 cell.ljust(w) if not column else cell.rjust(w)
@@ -105,12 +121,30 @@ class GateReport:
             for line in lines
         ]
         full, bad = self.packing_efficiency, self.bad_row_count
-        foot = f"{self.rows_per_epoch:,} rows an epoch, {full:.1%} full; {bad:,} bad rows"
+        foot = f"{self.rows_per_epoch:,} rows an epoch, {full:.1%} full; {bad:,} bad rows{self._dropped()}"
         return "\n".join([*table, foot])
+
+    def _dropped(self) -> str:
+        """What was left out although its rows are well formed, and what would keep it."""
+        reasons = []
+        if too_long := sum(channel.too_long_pairs for channel in self.channels):
+            keep = f"data.seq_len={self.longest_dropped} keeps all"
+            reasons.append(f"{too_long:,} longer than data.seq_len={self.seq_len} ({keep})")
+        if equal := sum(channel.equal_pairs for channel in self.channels):
+            reasons.append(f"{equal:,} with equal answers")
+        if empty := sum(channel.empty_answers for channel in self.channels):
+            reasons.append(f"{empty:,} with an empty answer")
+        what = "pairs" if self.kind == "preference" else "judged answers"
+        return f"; dropped {what}: {', '.join(reasons)}" if reasons else ""
 
 
 def make_report(
-    channels: tuple[str, ...], train: Kept, held: Kept, order: RowOrder, caches: tuple[TokenCache, ...]
+    channels: tuple[str, ...],
+    train: Kept,
+    held: Kept,
+    order: RowOrder,
+    caches: tuple[TokenCache, ...],
+    kind: KindName = "text",
 ) -> GateReport:
     """Count what an epoch holds. Every rank computes the same report."""
     pieces, num = train.pieces, len(channels)
@@ -141,14 +175,19 @@ def make_report(
             stop_supervised=_stop(int(train.turns_C[c]), int(train.stops_C[c])),
             packing_efficiency=float(filled_C[c] / drawn_C[c]) if drawn_C[c] else 0.0,
             weight_share=float(drawn_C[c] / drawn_C.sum()) if drawn_C.sum() else 0.0,
-            eval_samples=int(held.samples_C[c]),
+            eval_samples=int(held.samples_C[c] - held.equal_C[c] - held.empty_C[c] - held.too_long_C[c]),
+            equal_pairs=int(train.equal_C[c] + held.equal_C[c]),
+            empty_answers=int(train.empty_C[c] + held.empty_C[c]),
+            too_long_pairs=int(train.too_long_C[c] + held.too_long_C[c]),
+            desirable=int(train.desirable_C[c]),
         )
         for c, name in enumerate(channels)
     )
-    return GateReport(reports, num_rows, fill, sum(cache.num_bad for cache in caches), caches)
+    num_bad, longest = sum(cache.num_bad for cache in caches), max(train.longest, held.longest)
+    return GateReport(reports, num_rows, fill, num_bad, caches, order.seq_len, longest, kind)
 
 
-def check(report: GateReport, keys: list[tuple[str, str]], max_bad_fraction: float, loss_on: str, seq_len: int) -> None:
+def check(report: GateReport, keys: list[tuple[str, str]], max_bad_fraction: float, loss_on: str) -> None:
     """Stop the run if the data are not what training needs.
 
     Args:
@@ -163,7 +202,7 @@ def check(report: GateReport, keys: list[tuple[str, str]], max_bad_fraction: flo
         wrong += _source_problems(key, path, cache, max_bad_fraction)
     for channel in report.channels:
         if channel.samples and not channel.supervised_tokens:
-            wrong.append(_nothing_learnt(channel, report.caches, keys, loss_on, seq_len))
+            wrong.append(_nothing_learnt(channel, report, keys, loss_on))
     if not wrong and not report.rows_per_epoch:
         wrong.append(
             "no sample is left to train on: all are held out (data.eval_fraction) or have data.sources[*].weight 0"
@@ -190,15 +229,20 @@ def _source_problems(key: str, path: str, cache: TokenCache, max_bad_fraction: f
     ]
 
 
-def _nothing_learnt(
-    channel: ChannelReport, caches: tuple[TokenCache, ...], keys: list[tuple[str, str]], loss_on: str, seq_len: int
-) -> str:
-    found = [
-        (key, path, cache) for (key, path), cache in zip(keys, caches, strict=True) if channel.channel in cache.channels
-    ]
+def _nothing_learnt(channel: ChannelReport, report: GateReport, keys: list[tuple[str, str]], loss_on: str) -> str:
+    seq_len, longest = report.seq_len, report.longest_dropped
+    sources = zip(keys, report.caches, strict=True)
+    found = [(*source, cache) for source, cache in sources if channel.channel in cache.channels]
     where = ", ".join(f"{key}.path={path}" for key, path, _ in found) or "data.random_channels"
     tail = found[0][2].example(channel.channel) if found else ""
-    if channel.truncated_rows == channel.samples:
+    if channel.equal_pairs + channel.empty_answers + channel.too_long_pairs:
+        reason = (
+            f"{channel.equal_pairs} have equal answers, {channel.empty_answers} an empty answer, "
+            f"{channel.too_long_pairs} are longer than data.seq_len={seq_len}"
+        )
+        if channel.too_long_pairs:
+            reason += f"; set data.seq_len={longest}"
+    elif channel.truncated_rows == channel.samples:
         reason = f"every row is cut at data.seq_len={seq_len} before its first answer; raise data.seq_len"
     elif found and loss_on == "assistant" and all(_is_text(cache) for _, _, cache in found):
         reason = "it is plain text, which has no assistant turns; set stage.loss_on=all or use format=prompt_completion"
@@ -225,19 +269,35 @@ def _stop(turns: int, stops: int) -> str:
     return "yes" if stops >= turns else "partly"
 
 
-def _line(channel: ChannelReport) -> tuple[str, ...]:
-    return (
-        channel.channel,
-        f"{channel.samples:,}",
-        f"{channel.tokens:,}",
-        f"{channel.supervised_tokens:,}",
-        f"{channel.fully_masked_rows:,}",
-        f"{channel.truncated_rows:,}",
-        channel.stop_supervised,
-        f"{channel.packing_efficiency:.1%}",
-        f"{channel.weight_share:.1%}",
-        f"{channel.eval_samples:,}",
-    )
+_FIRST: dict[str, Column] = {
+    "channel": lambda channel: channel.channel,
+    "samples": lambda channel: f"{channel.samples:,}",
+    "tokens": lambda channel: f"{channel.tokens:,}",
+    "supervised": lambda channel: f"{channel.supervised_tokens:,}",
+}
+_LOST: dict[str, Column] = {
+    "masked rows": lambda channel: f"{channel.fully_masked_rows:,}",
+    "truncated": lambda channel: f"{channel.truncated_rows:,}",
+}
+_EMPTY: dict[str, Column] = {"empty": lambda channel: f"{channel.empty_answers:,}"}
+_LAST: dict[str, Column] = {
+    "stop": lambda channel: channel.stop_supervised,
+    "packed": lambda channel: f"{channel.packing_efficiency:.1%}",
+    "share": lambda channel: f"{channel.weight_share:.1%}",
+    "eval": lambda channel: f"{channel.eval_samples:,}",
+}
+_PAIRS: dict[str, Column] = {
+    "equal": lambda channel: f"{channel.equal_pairs:,}",
+    **_EMPTY,
+    "too long": lambda channel: f"{channel.too_long_pairs:,}",
+}
+_GOOD: dict[str, Column] = {"good": lambda channel: f"{channel.desirable:,}"}
+COLUMNS: dict[KindName, dict[str, Column]] = {
+    "text": {**_FIRST, **_LOST, **_LAST},
+    "preference": {**_FIRST, **_PAIRS, **_LAST},
+    "unpaired": {**_FIRST, **_GOOD, **_LOST, **_EMPTY, **_LAST},
+}
+"""The table's columns, and how each is shown."""
 
 
 def _round_up(fraction: float) -> float:

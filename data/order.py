@@ -124,3 +124,11 @@ class RowOrder:
     def _row(self, epoch: Epoch, index: int) -> Row:
         pieces = epoch.pieces[epoch.starts[index] : epoch.starts[index + 1]]
         return Row(tuple(pieces.tolist()), tuple(self.pieces.length_P[pieces].tolist()))
+
+
+def packed_once(pieces: Pieces, seq_len: int, packing: str) -> list[Row]:
+    """All pieces once, in rows that do not depend on a seed."""
+    rows_P = best_fit(pieces.length_P, seq_len) if packing == "best_fit" else np.arange(len(pieces))
+    grouped, starts = group_by_row(rows_P)
+    members = [grouped[starts[index] : starts[index + 1]] for index in range(len(starts) - 1)]
+    return [Row(tuple(part.tolist()), tuple(pieces.length_P[part].tolist())) for part in members]

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from data.batch import Document, MicroBatch, Row, collate, empty_micro_batch, split_ragged, split_rows
+from data.batch import MicroBatch, Row, collate, split_ragged, split_rows
 from data.cache import Maker, open_cache
 from data.cache_files import TokenCache
 from data.config import DataConfig
+from data.documents import Numbers, documents_of
 from data.gate import GateReport, check, make_report
-from data.order import VERSION, Pieces, RowOrder
-from data.packing import best_fit, group_by_row
+from data.kinds import KindName
+from data.order import VERSION, Pieces, RowOrder, packed_once
 from data.peers import Peers
 from data.samples import channel_names, held_out, keep, sample_channels
 from data.tokenizer import TokenizerInfo
 
 
 def build(
-    cfg: DataConfig, *, tokenizer_folder: str | None, loss_on: str, seed: int, peers: Peers, max_seq_len: int
+    cfg: DataConfig,
+    *,
+    tokenizer_folder: str | None,
+    loss_on: str,
+    seed: int,
+    peers: Peers,
+    max_seq_len: int,
+    kind: KindName = "text",
 ) -> TrainingData:
     """Everything from sources to rows. To be called by all ranks together.
 
@@ -32,11 +40,14 @@ def build(
         seed: of the order of samples and of random channels.
         peers: the other ranks; they share the work of building caches and hear of each other's errors.
         max_seq_len: longest sequence the model allows.
+        kind: what the stage learns from: "text", "preference" or "unpaired" ("prompts" are read by `prompts.py`).
+            Of the last two the answers are scored, whatever `loss_on` says.
 
     Raises:
-        ValueError: a mistake in the section, the tokenizer, the template or the files.
+        ValueError: a mistake in the section, the tokenizer, the template or the files, or data of another kind.
         GateError: the data do not pass the gate (a ValueError that carries the report).
     """
+    assert kind != "prompts", "prompts have no loss: see prompts.read"
     folder = cfg.tokenizer or tokenizer_folder
     if folder is None:
         raise ValueError("data.tokenizer=null and there is no init_from to take one from; set data.tokenizer=FOLDER")
@@ -44,10 +55,11 @@ def build(
         raise ValueError(f"data.seq_len={cfg.seq_len} is longer than the model allows; set data.seq_len={max_seq_len}")
 
     # 1. Every source as a token cache: one numbered list of samples with tokens, loss mask and channel.
+    loss_on = loss_on if kind == "text" else "assistant"
     maker = Maker(folder, cfg.chat_template, loss_on, "data.tokenizer" if cfg.tokenizer else "init_from")
     named = [(f"data.sources[{index}]", source) for index, source in enumerate(cfg.sources)]
     named_eval = [(f"data.eval_sources[{index}]", source) for index, source in enumerate(cfg.eval_sources)]
-    everything = [open_cache(source, key, cfg.cache_dir, maker, peers) for key, source in named + named_eval]
+    everything = [open_cache(source, key, cfg.cache_dir, maker, peers, kind) for key, source in named + named_eval]
     caches, eval_caches = everything[: len(named)], everything[len(named) :]
 
     # 2. Channels, and which samples are held out: both by content, so neither layout nor file order matters.
@@ -63,10 +75,10 @@ def build(
     # 4. The order of rows, a function of seed and data; the gate looks at its first epoch.
     weights = tuple(source.weight for source in cfg.sources)
     order = RowOrder(train.pieces, weights, seed, cfg.seq_len, cfg.packing)
-    report = make_report(channels, train, held, order, tuple(everything))
+    report = make_report(channels, train, held, order, tuple(everything), kind)
     keys = [(key, source.path) for key, source in named + named_eval]
-    check(report, keys, cfg.max_bad_fraction, loss_on, cfg.seq_len)
-    return TrainingData(channels, report, everything, order, held.pieces, _fingerprint(cfg, everything, seed))
+    check(report, keys, cfg.max_bad_fraction, loss_on)
+    return TrainingData(channels, report, everything, order, held.pieces, _fingerprint(cfg, everything, seed), kind)
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,9 @@ class TrainingData:
     fingerprint: str
     """Changes when the rows at a position do (data, tokenizer, template, seed, weights, seq_len, packing): kept in a
     checkpoint, it tells whether a resumed run goes on with the same rows."""
+    kind: KindName = "text"
+    numbers: Mapping[str, Numbers] = field(default_factory=dict, repr=False)
+    """Facts of documents that were computed before, by name (see precomputed.py)."""
 
     @property
     def rows_per_epoch(self) -> int:
@@ -124,23 +139,17 @@ class TrainingData:
         pieces = self.held_out
         if not len(pieces):
             return []
-        number_P = np.arange(len(pieces))
-        rows_P = best_fit(pieces.length_P, self.order.seq_len) if self.order.packing == "best_fit" else number_P
-        grouped, starts = group_by_row(rows_P)
-        members = [grouped[starts[index] : starts[index + 1]] for index in range(len(starts) - 1)]
-        rows = [Row(tuple(part.tolist()), tuple(pieces.length_P[part].tolist())) for part in members]
+        rows = packed_once(pieces, self.order.seq_len, self.order.packing)
         mine = split_ragged(rows, rank, world, micro_batch_rows)
-        return [self._micro_batch(pieces, part) if part else empty_micro_batch() for part in mine]
+        return [self._micro_batch(pieces, part) for part in mine]
+
+    def with_numbers(self, name: str, numbers: Numbers) -> TrainingData:
+        """The same data, whose documents have the fact `name`: float64 [samples, documents] of each cache."""
+        return replace(self, numbers={**self.numbers, name: numbers})
 
     def _micro_batch(self, pieces: Pieces, rows: Sequence[Row]) -> MicroBatch:
-        return collate([self._document(pieces, piece) for row in rows for piece in row.pieces])
-
-    def _document(self, pieces: Pieces, piece: int) -> Document:
-        cache = self.caches[int(pieces.source_P[piece])]
-        sample, start = int(pieces.sample_P[piece]), int(pieces.start_P[piece])
-        length = int(pieces.length_P[piece])
-        channel = int(pieces.channel_P[piece])
-        return Document(cache.tokens(sample, start, length), cache.learn(sample, start, length), channel)
+        chosen = [piece for row in rows for piece in row.pieces]
+        return collate(documents_of(self.caches, self.numbers, pieces, chosen))
 
 
 def _fingerprint(cfg: DataConfig, caches: list[TokenCache], seed: int) -> str:

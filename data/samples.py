@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.cache_files import TokenCache
-from data.encode import CUT
+from data.encode import CUT, DROP, TRUNCATE
+from data.notes import EMPTY, EQUAL, FINE
 from data.order import Pieces
 
 HOLD_OUT, CHANNEL = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
@@ -29,6 +30,20 @@ class Kept:
     """Endings to learn."""
     stops_C: np.ndarray
     """Of them with a learnt stop token."""
+    too_long_C: np.ndarray
+    """Pairs and prompts that do not fit; they are dropped."""
+    equal_C: np.ndarray
+    """Pairs whose two documents are the same; they are dropped."""
+    empty_C: np.ndarray
+    """Pairs and judged answers with nothing to learn in an answer; they are dropped."""
+    desirable_C: np.ndarray
+    """Judged answers that were found good."""
+    longest: int
+    """Tokens of the longest sample that was dropped because it does not fit; 0 if none was."""
+
+
+COUNTS = ("samples_C", "masked_C", "truncated_C", "turns_C", "stops_C")
+COUNTS += ("too_long_C", "equal_C", "empty_C", "desirable_C")
 
 
 def channel_names(caches: list[TokenCache], random_channels: int) -> tuple[str, ...]:
@@ -59,7 +74,8 @@ def keep(
 ) -> Kept:
     """Cut the chosen samples of all caches into pieces of at most seq_len tokens.
 
-    Documents are cut into consecutive pieces, so nothing is lost; conversations and completions keep their beginning.
+    Documents are cut into consecutive pieces, so nothing is lost; conversations and completions keep their beginning;
+    a pair is one piece or none.
 
     Args:
         chosen: bool [S] of each cache.
@@ -71,11 +87,11 @@ def keep(
     ]
     if not parts:
         none, zero = np.zeros(0, dtype=np.int64), np.zeros(num_channels, dtype=np.int64)
-        return Kept(Pieces(none, none, none, none, none, none), zero, zero, zero, zero, zero)
+        return Kept(Pieces(none, none, none, none, none, none), **dict.fromkeys(COUNTS, zero), longest=0)
     names = ("source_P", "sample_P", "start_P", "length_P", "targets_P", "channel_P")
     joined = {name: np.concatenate([getattr(part.pieces, name) for part in parts]) for name in names}
-    counts = ("samples_C", "masked_C", "truncated_C", "turns_C", "stops_C")
-    return Kept(Pieces(**joined), **{name: np.sum([getattr(part, name) for part in parts], axis=0) for name in counts})
+    sums = {name: np.sum([getattr(part, name) for part in parts], axis=0) for name in COUNTS}
+    return Kept(Pieces(**joined), **sums, longest=max(part.longest for part in parts))
 
 
 def _keep_one(
@@ -86,21 +102,22 @@ def _keep_one(
     channel = channel_S[samples]
     length, targets = table["length"].copy(), table["targets"].copy()
     turns, stops = table["turns"].astype(np.int64), table["stops"].astype(np.int64)
-    truncated = (length > seq_len) & (table["too_long"] != CUT)
+    truncated = (length > seq_len) & (table["too_long"] == TRUNCATE)
     for index in np.flatnonzero(truncated):
         learn_L = cache.learn(int(samples[index]), 0, seq_len)
         targets[index] = learn_L[1:].sum()
         begun = int(learn_L[0]) + int((learn_L[1:] & ~learn_L[:-1]).sum())
         turns[index], stops[index] = begun, min(stops[index], begun - int(learn_L[-1]))  # the cut turn never stops
     length[truncated] = seq_len
-    masked = targets == 0
+    faults = dropped_for(cache, samples, seq_len)
+    masked = (targets == 0) & (cache.kind != "prompts") & np.logical_not(np.any(list(faults.values()), axis=0))
     # A document of one token teaches nothing either, but it is not masked: there is nothing before it.
     masked &= (table["turns"] == 0) | (table["too_long"] != CUT)
 
     def count(values: np.ndarray) -> np.ndarray:
         return np.bincount(channel, weights=values, minlength=num_channels).astype(np.int64)
 
-    alive = np.flatnonzero(~masked)
+    alive = np.flatnonzero(~np.any([masked, *faults.values()], axis=0))
     num_pieces = -(-length[alive] // seq_len)
     owner = np.repeat(alive, num_pieces)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
@@ -115,7 +132,21 @@ def _keep_one(
         targets_P=piece_targets,
         channel_P=channel[owner],
     )
-    return Kept(pieces, count(np.ones(len(samples))), count(masked), count(truncated), count(turns), count(stops))
+    good = np.zeros(len(samples))
+    if cache.notes is not None and cache.kind == "unpaired":
+        good = cache.notes["value"][samples]
+    counted = {"samples": np.ones(len(samples)), "masked": masked, "truncated": truncated, "turns": turns}
+    counted |= {"stops": stops, "desirable": good, **faults}
+    longest = int(length[faults["too_long"]].max(initial=0))
+    return Kept(pieces, **{f"{name}_C": count(values) for name, values in counted.items()}, longest=longest)
+
+
+def dropped_for(cache: TokenCache, samples: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
+    """Which of the samples are left out whole, by reason: bool [len(samples)] each; a sample has at most one."""
+    table = cache.samples[samples]
+    fault = np.zeros(len(samples), dtype=np.int32) if cache.notes is None else cache.notes["fault"][samples]
+    too_long = (table["length"] > seq_len) & (table["too_long"] == DROP) & (fault == FINE)
+    return {"too_long": too_long, "equal": fault == EQUAL, "empty": fault == EMPTY}
 
 
 def _mix(hash_S: np.ndarray, salt: int) -> np.ndarray:

@@ -94,7 +94,7 @@ def learnt(
 ) -> tuple[list[str], int, int]:
     """(each run of learnt tokens decoded, turns, of them with a stop token)."""
     encoder = make_encoder(tokenizer, template)
-    prepared = encoder.prepare(Chat(messages, first_target))
+    (prepared,) = encoder.prepare(Chat(messages, first_target))
     made = encoder.encode([prepared])[0]
     runs: list[list[int]] = []
     for index, (token, learn) in enumerate(zip(made.tokens_L, made.learn_L, strict=True)):
@@ -242,25 +242,25 @@ def test_no_template_and_bad_template_are_the_users_to_mend() -> None:
 def test_text_gets_eos_and_is_all_learnt() -> None:
     tokenizer = byte_level("</s>")
     encoder = make_encoder(tokenizer, CHATML, "all")
-    made = encoder.encode([encoder.prepare(Text("What is it?"))])[0]
+    made = encoder.encode([*encoder.prepare(Text("What is it?"))])[0]
     assert tokenizer.decode(made.tokens_L) == "What is it?</s>"
     assert made.learn_L.all()
     encoder = make_encoder(tokenizer, CHATML, "assistant")
-    made = encoder.encode([encoder.prepare(Text("What is it?"))])[0]
+    made = encoder.encode([*encoder.prepare(Text("What is it?"))])[0]
     assert not made.learn_L.any()
 
 
 def test_completion_learns_the_completion_and_eos() -> None:
     tokenizer = byte_level("</s>")
     encoder = make_encoder(tokenizer, CHATML)
-    made = encoder.encode([encoder.prepare(Completion("What is it?", " It is 42."))])[0]
+    made = encoder.encode([*encoder.prepare(Completion("What is it?", " It is 42."))])[0]
     assert tokenizer.decode(made.tokens_L) == "What is it? It is 42.</s>"
     assert tokenizer.decode(made.tokens_L[made.learn_L]) == " It is 42.</s>"
 
 
 def test_chat_with_loss_on_all_learns_everything() -> None:
     encoder = make_encoder(byte_level("<|im_end|>"), CHATML, "all")
-    prepared = encoder.prepare(Chat(QA))
+    (prepared,) = encoder.prepare(Chat(QA))
     assert encoder.encode([prepared])[0].learn_L.all()
     assert (prepared.turns, prepared.stops) == (1, 1)
 

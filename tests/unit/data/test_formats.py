@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from data.formats import FORMATS, Chat, Completion, RowError, Text, detect_format
+from data.formats import FORMATS
+from data.kinds import detect_format
+from data.rows import Chat, Completion, RowError, Text
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
