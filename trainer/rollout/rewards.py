@@ -49,51 +49,46 @@ class Rewards:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with these parts added to what rewards they have, and the sum of all parts."""
-        parts: list[dict[str, float]] = [{} for _ in rollouts]
-        errors: list[dict[str, str]] = [{} for _ in rollouts]
-        jobs: list[tuple[int, RewardFunctionConfig]] = []
+        return self.added(rollouts, self.judged(rollouts))
+
+    def judged(self, rollouts: Sequence[Rollout]) -> list[dict[str, Outcome]]:
+        """What each function said of each rollout, by the part's name. Each needs to be asked on one rank only."""
+        found: list[dict[str, Outcome]] = [{} for _ in rollouts]
+        slow: list[tuple[int, str, Job]] = []
         for index, rollout in enumerate(rollouts):
             for function in self.functions:
                 if function.weight_in(rollout.prompt.channel_name) is None:
                     continue
+                given = (rollout.written if function.of == "all" else rollout.text, rollout.prompt)
                 if rollout.finish == "error":
-                    parts[index][function.part] = 0.0
+                    found[index][function.part] = Outcome(0.0)
+                elif function.slow:
+                    slow.append((index, function.part, Job(_call(function), given, function.timeout)))
                 else:
-                    jobs.append((index, function))
-        for (index, function), outcome in zip(jobs, self._outcomes(rollouts, jobs), strict=True):
-            value, error = _number(outcome)
-            parts[index][function.part] = value
-            if error:
-                errors[index][function.part] = error
-                self._tell_once(function, outcome, error)
-        return [
-            with_parts(rollout, each, self.cfg, wrong)
-            for rollout, each, wrong in zip(rollouts, parts, errors, strict=True)
-        ]
+                    found[index][function.part] = attempt(_call(function), given)
+        outcomes = self.crew.run([job for _, _, job in slow]) if slow else []
+        for (index, part, _), outcome in zip(slow, outcomes, strict=True):
+            found[index][part] = outcome
+        return found
 
-    def _outcomes(self, rollouts: Sequence[Rollout], jobs: Sequence[tuple[int, RewardFunctionConfig]]) -> list[Outcome]:
-        """What each function said; the quick ones are called here."""
-        found: dict[int, Outcome] = {}
-        slow: list[Job] = []
-        for number, (index, function) in enumerate(jobs):
-            rollout = rollouts[index]
-            given = (rollout.written if function.of == "all" else rollout.text, rollout.prompt)
-            if function.slow:
-                slow.append(Job(_call(function), given, function.timeout))
-            else:
-                found[number] = attempt(_call(function), given)
-        others = iter(self.crew.run(slow) if slow else ())
-        return [found[number] if number in found else next(others) for number in range(len(jobs))]
+    def added(self, rollouts: Sequence[Rollout], judged: Sequence[Mapping[str, Outcome]]) -> list[Rollout]:
+        """The rollouts with what the functions said of them; what failed is 0 and told of once."""
+        done = []
+        for rollout, outcomes in zip(rollouts, judged, strict=True):
+            numbers = {part: _number(outcome) for part, outcome in outcomes.items()}
+            errors = {part: error for part, (_, error) in numbers.items() if error}
+            for part, error in errors.items():
+                self._tell_once(part, error, outcomes[part].trace)
+            parts = {each.part: numbers[each.part][0] for each in self.functions if each.part in numbers}
+            done.append(with_parts(rollout, parts, self.cfg, errors))
+        return done
 
-    def _tell_once(self, function: RewardFunctionConfig, outcome: Outcome, error: str) -> None:
-        if function.part in self._told:
+    def _tell_once(self, part: str, error: str, trace: str) -> None:
+        if part in self._told:
             return
-        self._told.add(function.part)
-        trace = f"\n{outcome.trace.rstrip()}" if function.slow and outcome.trace else ""
-        self.tell(
-            f"reward {function.part}: {error}. This sample gets 0 from it; more of the kind are counted "
-            f"(rollout/errors/{function.part}) and kept with the records{trace}"
-        )
+        self._told.add(part)
+        shown = f"\n{trace.rstrip()}" if trace else ""
+        self.tell(f"reward {part}: {error}. This sample gets 0 from it; more of the kind are counted{shown}")
 
 
 def with_parts(

@@ -49,7 +49,7 @@ class Outcome:
     error: str = ""
     """Why there is no value, with the line of the user's file where there is one."""
     trace: str = ""
-    """The whole of it, for whoever wrote the function."""
+    """The whole of it, for whoever wrote the function; empty for ours."""
 
 
 def attempt(call: Call, given: tuple[Any, ...] | None) -> Outcome:
@@ -58,7 +58,8 @@ def attempt(call: Call, given: tuple[Any, ...] | None) -> Outcome:
         function = load(call.function, KNOWN)
         return Outcome() if given is None else Outcome(_plain(function(*given, **dict(call.arguments))))
     except (Exception, SystemExit) as error:
-        return Outcome(None, told(error, call.function), traceback.format_exc())
+        own = split(call.function)[0] is not None
+        return Outcome(None, told(error, call.function), traceback.format_exc() if own else "")
 
 
 def _plain(value: Any) -> float | str | Answer | None:
