@@ -17,9 +17,10 @@ def value_loss(
     error_T = (value_T - return_T) ** 2
     if clip is None:
         return error_T / 2, torch.zeros_like(error_T, dtype=torch.bool)
-    held_T = old_T + (value_T - old_T).clamp(-clip, clip)
-    held_error_T = (held_T - return_T) ** 2
-    return torch.maximum(error_T, held_error_T) / 2, held_error_T > error_T
+    moved_T = value_T - old_T
+    held_error_T = (old_T + moved_T.clamp(-clip, clip) - return_T) ** 2
+    held_T = (moved_T.abs() > clip) & (held_error_T > error_T)
+    return torch.maximum(error_T, held_error_T) / 2, held_T
 
 
 def explained_variance(return_L: np.ndarray, value_L: np.ndarray) -> float:

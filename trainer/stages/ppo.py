@@ -45,12 +45,10 @@ class PpoConfig(PolicyConfig):
     value_clip: float | None = 0.2
     """How far a value may go from that at the rollout before its gradient only pulls it back; null = no bound."""
     critic: str | None = None
-    """What the critic starts from: a reward model or critic; null = stage.reward_model if there is one, else the
+    """What the critic starts from: a reward model or critic; null = rollout.reward_model if there is one, else the
     policy's start with a fresh head."""
     critic_lr: float | None = None
     """Peak learning rate of the critic; null = optim.lr."""
-    reward_model: str | None = None
-    """Run or folder with a score head whose score is added to the rollout's rewards; null = none."""
 
     def problems(self) -> list[Problem]:
         """Values wrong in themselves, as (key, value, reason, way out)."""
