@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from data.batch import MicroBatch
+from data.batch import MicroBatch, Row
 from data.pipeline import TrainingData
 from models.routing import RouterBook, RouterReport
 from parallel.engine import Engine, StepResult
@@ -36,7 +36,8 @@ class Trainer:
     """Everything a step needs.
 
     ``flops`` gives the model FLOPs of one micro-batch; ``save`` writes a checkpoint of the given progress. ``prepare``
-    adds what a stage needs to know of micro-batches (a reference's log-probabilities), all of a step's together.
+    adds what a stage needs to know of micro-batches (a reference's log-probabilities), all of a step's together; it is
+    given the rows of the step as well, None for those that are held out.
     """
 
     cfg: RunConfig
@@ -49,7 +50,7 @@ class Trainer:
     flops: Callable[[MicroBatch], float]
     save: Callable[[Progress], None]
     total_steps: int
-    prepare: Callable[[list[MicroBatch]], list[MicroBatch]] = list
+    prepare: Callable[[list[MicroBatch], Sequence[Row] | None], list[MicroBatch]] = lambda batches, rows: batches
 
     def run(self, progress: Progress) -> None:
         """Train from ``progress`` to the last step; evaluates and saves at the end whatever the intervals say."""
@@ -81,7 +82,7 @@ class Trainer:
         tokens = float(sum(batch.tokens_T.numel() for batch in batches))
         flops = sum(self.flops(batch) for batch in whole) / self.groups.cp.size
         count, tokens, flops = self.groups.sum([self.stage.count(batches), tokens, flops])
-        batches = self.prepare([on_device(batch, self.groups.device) for batch in batches])
+        batches = self.prepare([on_device(batch, self.groups.device) for batch in batches], rows)
         self.routers.begin(self.groups.data.size * self.engine.loss_scale.value / tokens)
         result = self.engine.train_step(batches, self.stage.forward, count, lr)
         loads = self.routers.finish(self.groups.sum_tensor)
@@ -116,7 +117,7 @@ class Trainer:
         return local_part(batch, self.groups.cp, self.cfg.parallel.context)
 
     def _evaluate(self, batches: list[MicroBatch], step: int) -> None:
-        terms = self.engine.evaluate(self.prepare(batches), self.stage.forward)
+        terms = self.engine.evaluate(self.prepare(batches, None), self.stage.forward)
         self.log.evaluation(step, self._metrics(terms, "eval"))
 
     def _metrics(self, terms: list[torch.Tensor], prefix: str) -> dict[str, float]:
