@@ -36,6 +36,8 @@ class PpoConfig(PolicyConfig):
     policy); in the reward k1 has the right one."""
     kl_coef: float = 0.05
     """Weight of the divergence (beta)."""
+    mini_batches: int = 4
+    """Updates for each pass: the samples are cut into so many parts."""
     gamma: float = 1.0
     """Discount of what comes one token later."""
     lam: float = 0.95

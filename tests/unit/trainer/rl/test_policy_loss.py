@@ -101,6 +101,24 @@ def test_a_held_sequence_keeps_the_gradient_of_the_other_sign() -> None:
     assert gradient == pytest.approx([2, 2, 2, 0])
 
 
+@pytest.mark.parametrize("dual", [None, 1.5])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sequence_is_the_sum_of_its_tokens_with_one_ratio(seed: int, dual: float | None) -> None:
+    """Summing advantages by sign before clipping gives what each token by itself gives."""
+    torch.manual_seed(seed)
+    batch, clip = two_samples(), Clip(0.1, 0.2, dual)
+    log_prob = at_targets((0.6 * torch.randn(4)).tolist()).requires_grad_()
+    advantage = at_targets(torch.randn(4).tolist())
+    found = policy_loss(log_prob, torch.zeros(6), advantage, torch.ones(6), batch, ALONE, "clipped", "sequence", clip)
+    ratio = torch.stack([log_prob[:3].mean(), log_prob[4]]).exp()[torch.tensor([0, 0, 0, 0, 1, 1])]
+    plain = -surrogate(ratio, advantage, clip).sum()
+    torch.testing.assert_close(found.total, plain)
+    ours, theirs = torch.autograd.grad(found.total, log_prob)[0], torch.autograd.grad(plain, log_prob)[0]
+    learnt = batch.targets_T >= 0  # elsewhere the model has no log-probability that could be moved
+    torch.testing.assert_close(ours[learnt], theirs[learnt])
+    torch.testing.assert_close(found.loss_T.sum(), plain.detach())
+
+
 def test_ratios_beyond_reason_give_numbers() -> None:
     batch = two_samples()
     for ratio in ("token", "sequence", "sequence_token"):
