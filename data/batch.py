@@ -26,11 +26,11 @@ class MicroBatch:
     tokens_T: torch.Tensor
     """int64 [T]"""
     positions_T: torch.Tensor
-    """int64 [T]: from 0 in each document."""
+    """int64 [T]: from 0 in each document, whoever holds its beginning."""
     targets_T: torch.Tensor
     """int64 [T]: the next token of the same document where that is learnt, else IGNORED."""
     cu_seqlens: torch.Tensor
-    """int32 [N+1]: document n is [cu_seqlens[n], cu_seqlens[n+1])."""
+    """int32 [N+1]: document n is [cu_seqlens[n], cu_seqlens[n+1]), but for the beginning that another one holds."""
     max_seqlen: int
     """Tokens of the longest document."""
     doc_channel_N: torch.Tensor
@@ -45,6 +45,9 @@ class MicroBatch:
     place_T: torch.Tensor | None = None
     """int64 [T]: where the tokens here stand among those of the documents; None = here are all of them, in order.
     Under context parallel a rank has some, while what is told of documents still tells of all."""
+    branches: tuple[tuple[int, int], ...] = ()
+    """For each document who holds its beginning, and how many tokens that is: it begins with the first so many of that
+    one, which are here once. Empty = every document has all its tokens."""
 
     @cached_property
     def doc_T(self) -> torch.Tensor:
@@ -68,7 +71,7 @@ class MicroBatch:
             "cu_seqlens": self.cu_seqlens,
             "max_seqlen": self.max_seqlen,
             "channel_T": self.channel_T,
-        }
+        } | ({"branches": self.branches} if self.branches else {})
 
     @cached_property
     def num_targets(self) -> int:
@@ -130,9 +133,18 @@ def split_ragged(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: i
     return _balance(rows, per_rank * world, micro_batch_rows)[rank::world]
 
 
-def collate(documents: Sequence[Document]) -> MicroBatch:
-    """Documents as one MicroBatch, longest first (the order of equals is kept)."""
+def collate(documents: Sequence[Document], share: str | None = None) -> MicroBatch:
+    """Documents as one MicroBatch, longest first (the order of equals is kept).
+
+    ``share``: the name of a fact. Documents in which it is the same number have the tokens that they begin with in
+    common once, as far as nothing is learnt there; they stand side by side.
+    """
     docs = sorted(documents, key=lambda doc: -len(doc.tokens_L))
+    if share is not None:
+        docs = _side_by_side(docs, share)
+    branches = _beginnings(docs, share) if share is not None else ()
+    kept_N = np.array([tokens for _, tokens in branches] or [0] * len(docs), dtype=np.int64)
+    docs = [_behind(doc, tokens) if tokens else doc for doc, tokens in zip(docs, kept_N.tolist(), strict=True)]
     lengths_N = np.array([len(doc.tokens_L) for doc in docs], dtype=np.int64)
     assert len(docs) and lengths_N.min() > 0, "a micro-batch needs a document, a document needs a token"
     borders = np.concatenate([[0], np.cumsum(lengths_N)])
@@ -143,18 +155,50 @@ def collate(documents: Sequence[Document]) -> MicroBatch:
     targets_T[:-1] = np.where(learn_T[1:], tokens_T[1:], IGNORED)
     facts, token_facts = docs[0].facts, docs[0].token_facts
     assert all(doc.facts.keys() == facts.keys() and doc.token_facts.keys() == token_facts.keys() for doc in docs)
-    positions_T = np.arange(len(tokens_T)) - np.repeat(borders[:-1], lengths_N)
+    positions_T = np.arange(len(tokens_T)) - np.repeat(borders[:-1] - kept_N, lengths_N)
     return MicroBatch(
         tokens_T=torch.from_numpy(tokens_T),
         positions_T=torch.from_numpy(positions_T),
         targets_T=torch.from_numpy(targets_T),
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
-        max_seqlen=int(lengths_N[0]),
+        max_seqlen=int((lengths_N + kept_N).max()),
         doc_channel_N=torch.tensor([doc.channel for doc in docs], dtype=torch.int64),
         targets_N=torch.from_numpy(np.add.reduceat(learn_T, borders[:-1], dtype=np.int64)),
         doc_facts={name: torch.tensor([doc.facts[name] for doc in docs], dtype=torch.float64) for name in facts},
         token_facts={name: _at_targets([doc.token_facts[name] for doc in docs], learn_T) for name in token_facts},
+        branches=branches if kept_N.any() else (),
     )
+
+
+def _side_by_side(docs: Sequence[Document], share: str) -> list[Document]:
+    groups: dict[float, list[Document]] = {}
+    for doc in docs:
+        groups.setdefault(doc.facts[share], []).append(doc)
+    return [doc for group in groups.values() for doc in group]
+
+
+def _beginnings(docs: Sequence[Document], share: str) -> tuple[tuple[int, int], ...]:
+    """For each document the first of its group, and how many tokens that one holds of it."""
+    found: list[tuple[int, int]] = []
+    for number, doc in enumerate(docs):
+        first = found[-1][0] if number and docs[number - 1].facts[share] == doc.facts[share] else number
+        found.append((first, shared_tokens(docs[first], doc) if first < number else 0))
+    return tuple(found)
+
+
+def shared_tokens(holder: Document, other: Document) -> int:
+    """How many tokens of ``other`` need not be there beside ``holder``: what both begin with, up to the token that
+    predicts the first learnt one."""
+    most = min(len(holder.tokens_L), len(other.tokens_L) - 1)
+    differ = np.flatnonzero(holder.tokens_L[:most] != other.tokens_L[:most])
+    learnt = np.flatnonzero(other.learn_L[1:])
+    return min([most, *(int(where[0]) for where in (differ, learnt) if len(where))])
+
+
+def _behind(doc: Document, tokens: int) -> Document:
+    """The document without its first tokens."""
+    rest = {name: fact_L[tokens:] for name, fact_L in doc.token_facts.items()}
+    return Document(doc.tokens_L[tokens:], doc.learn_L[tokens:], doc.channel, doc.facts, rest)
 
 
 def _at_targets(parts: Sequence[np.ndarray], learn_T: np.ndarray) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.blocks.attention import Attention, Packing
+from models.blocks.branches import Branches, branch_context
 from models.blocks.context import Context
 from models.blocks.embedding import token_embedding
 from models.blocks.mla import LatentAttention
@@ -106,6 +107,7 @@ class Decoder(nn.Module):
         channel_T: torch.Tensor | None = None,
         hidden_RD: torch.Tensor | None = None,
         temperature: float = 1.0,
+        branches: Branches | None = None,
     ) -> Any:
         """Run packed documents.
 
@@ -121,6 +123,8 @@ class Decoder(nn.Module):
             channel_T: int64 [T], the channel of each token; routers count their loads by it.
             hidden_RD: what the chunk before gave; the first chunk takes the tokens instead.
             temperature: of the log-probabilities: those of `softmax(logits / temperature)`.
+            branches: documents whose first tokens another one holds (`models.blocks.branches`); the borders are those
+                of the tokens that are here.
 
         Returns:
             The hidden states [R, D], from a chunk that is not the last. With targets: (`loss_weight` x loss sum, a
@@ -128,7 +132,7 @@ class Decoder(nn.Module):
             entropy there, both fp32 [T], differentiable, in nats, 0 without a target, the same on every tp rank. All
             weights are used inside module forwards, so that ZeRO-3 gathers them.
         """
-        packing = self._packing(tokens_T, positions_T, cu_seqlens)
+        packing = self._packing(tokens_T, positions_T, cu_seqlens, branches)
         if self.embed is not None:
             missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
             hidden_RD = self.embed(F.pad(tokens_T, (0, missing)) if missing else tokens_T)
@@ -157,7 +161,11 @@ class Decoder(nn.Module):
         return hidden_RD
 
     def _packing(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor | Sequence[int]
+        self,
+        tokens_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        cu_seqlens: torch.Tensor | Sequence[int],
+        branches: Branches | None,
     ) -> Packing:
         borders = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, torch.Tensor) else tuple(cu_seqlens)
         lengths = [b - a for a, b in pairwise(borders)]
@@ -166,6 +174,10 @@ class Decoder(nn.Module):
         if place.cp.size > 1:
             context = Context.of(place.cp, place.context, borders, windows, tokens_T.device)
             here = context.lengths_here
+        if branches is not None and any(tokens for _, tokens in branches):
+            assert context is None, "under context parallel every document has all its tokens"
+            assert self.cfg.rope.scaling != "dynamic", "keys that turn by their document's length cannot be shared"
+            context = branch_context(borders, branches, windows, tokens_T.device)
         assert borders[0] == 0 and sum(here) == tokens_T.shape[0], (
             f"borders {borders} not of {tokens_T.shape[0]} tokens"
         )

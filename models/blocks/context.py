@@ -125,7 +125,7 @@ def ring_attention(
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """Tokens [start, stop) of the micro-batch, which lie from `row` on."""
 
     start: int
@@ -145,7 +145,7 @@ def ring_plan(
     shared = {doc for doc in range(len(borders) - 1) if sum(held[doc] > 0 for held in lengths) > 1}
     rank, size = axis.rank, axis.size
     mine = _spans(borders, placement[rank], None)
-    pairs = _Masks(window, device)
+    pairs = WindowMeetings(window, device)
     if window is None:
         local = list(accumulate(lengths[rank], initial=0))
         own = [
@@ -169,20 +169,20 @@ def ring_plan(
     return Ring(axis, tuple(own), tuple(foreign), blocks if shared else (), rows)
 
 
-def _spans(borders: Sequence[int], ranges: Sequence[Range], only: set[int] | None) -> dict[int, list[_Span]]:
+def _spans(borders: Sequence[int], ranges: Sequence[Range], only: set[int] | None) -> dict[int, list[Span]]:
     """The ranges by document, with the rows they have where only the documents `only` are laid one after another."""
-    spans: dict[int, list[_Span]] = {}
+    spans: dict[int, list[Span]] = {}
     doc, row = 0, 0
     for start, stop in ranges:
         while borders[doc + 1] <= start:
             doc += 1
         if only is None or doc in only:
-            spans.setdefault(doc, []).append(_Span(start, stop, row))
+            spans.setdefault(doc, []).append(Span(start, stop, row))
             row += stop - start
     return spans
 
 
-def _behind(mine: list[_Span], theirs: list[_Span]) -> list[Meeting]:
+def _behind(mine: list[Span], theirs: list[Span]) -> list[Meeting]:
     """Full attention within a document: each query sees their keys before it, which are their first rows."""
     meetings: list[Meeting] = []
     for span in mine:
@@ -198,18 +198,18 @@ def _behind(mine: list[_Span], theirs: list[_Span]) -> list[Meeting]:
     return meetings
 
 
-class _Masks:
+class WindowMeetings:
     """Meetings under a sliding window, span by span; equal masks are made once."""
 
     def __init__(self, window: int | None, device: torch.device) -> None:
         self.window, self.device = window, device
         self.made: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def each(self, mine: list[_Span], theirs: list[_Span]) -> list[Meeting]:
+    def each(self, mine: list[Span], theirs: list[Span]) -> list[Meeting]:
         """All meetings of two ranks' parts of a document."""
         return [meeting for q in mine for k in theirs for meeting in self.windowed(q, k)]
 
-    def windowed(self, q: _Span, k: _Span) -> list[Meeting]:
+    def windowed(self, q: Span, k: Span) -> list[Meeting]:
         """Queries in blocks, against the keys their windows reach. A block's last queries may reach none: left out."""
         window = self.window
         assert window is not None

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batch import Document, Row, collate, empty_micro_batch, split_ragged, split_rows
+from data.batch import Document, Row, collate, empty_micro_batch, shared_tokens, split_ragged, split_rows
 
 
 def document(tokens: list[int], learn: list[int], channel: int = 0) -> Document:
@@ -87,3 +87,44 @@ def test_an_empty_micro_batch_has_the_facts_of_the_others() -> None:
     batch = empty_micro_batch(("side",), ("old",))
     assert batch.doc_facts["side"].tolist() == [0.0] and batch.token_facts["old"].tolist() == [0.0]
     assert batch.num_targets == 0
+
+
+def test_what_documents_begin_with_is_there_once() -> None:
+    """Prompt 1 2 3 with three answers, and another document. The 3 predicts each answer's first token: it stays."""
+    answers = [[4, 5], [7, 8, 9], [4, 6]]
+    documents = [
+        Document(
+            np.array([1, 2, 3, *own]), np.arange(3 + len(own)) >= 3, 0, {"group": 0.0}, {"weight": np.arange(3.0 + len(own))}
+        )
+        for own in answers
+    ]  # fmt: skip
+    learnt = np.array([False, True, True])
+    documents.append(Document(np.array([1, 2, 3]), learnt, 1, {"group": 1.0}, {"weight": np.zeros(3)}))
+    batch = collate(documents, share="group")
+    assert batch.tokens_T.tolist() == [1, 2, 3, 7, 8, 9, 3, 4, 5, 3, 4, 6, 1, 2, 3]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 2, 3, 4, 0, 1, 2]
+    no = -100
+    assert batch.targets_T.tolist() == [no, no, 7, 8, 9, no, 4, 5, no, 4, 6, no, 2, 3, no]
+    assert batch.cu_seqlens.tolist() == [0, 6, 9, 12, 15]
+    assert batch.branches == ((0, 0), (0, 2), (0, 2), (3, 0)) and batch.inputs["branches"] == batch.branches
+    assert batch.token_facts["weight"].tolist() == [0, 0, 3, 4, 5, 0, 3, 4, 0, 3, 4, 0, 0, 0, 0]
+    assert batch.max_seqlen == 6 and batch.targets_N.tolist() == [3, 2, 2, 2]
+    assert "branches" not in collate(documents).inputs
+    assert "branches" not in collate(documents[2:], share="group").inputs, "nothing is shared"
+
+
+@pytest.mark.parametrize(
+    ("holder", "other", "learnt", "shared"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 5], 3, 2),
+        ([1, 2, 3, 4], [1, 2, 3, 5], 2, 1),
+        ([1, 2, 3, 4], [1, 9, 3, 5], 3, 1),
+        ([1, 2, 3, 4], [1, 2, 3, 4], 4, 3),
+        ([1, 2], [1, 2, 3, 4], 4, 2),
+        ([1, 2, 3], [1, 2, 3], 0, 0),
+    ],
+)
+def test_shared_tokens(holder: list[int], other: list[int], learnt: int, shared: int) -> None:
+    """Up to the first difference and the token before the first learnt one; a token is always left."""
+    first, second = (Document(np.array(ids), np.arange(len(ids)) >= learnt, 0) for ids in (holder, other))
+    assert shared_tokens(first, second) == shared
