@@ -7,17 +7,14 @@ nothing reads and the next build on that machine clears. Every rank must see the
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
 import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +22,7 @@ from tqdm import tqdm
 from data.cache_files import VERSION, Item, ShardInfo, ShardWriter, TokenCache, is_complete, write_manifest
 from data.chat import ChatTemplate, special_tokens, template_renderer
 from data.config import SourceConfig
+from data.disk import new_build_folder, not_shared, put_in_place, writing
 from data.encode import Encoder
 from data.hashing import hash_files
 from data.kinds import KINDS, KindName, check_format, detect_format
@@ -38,8 +36,6 @@ from data.tokenizer import TokenizerInfo, describe, load_tokenizer, tokenizer_di
 BATCH_ROWS = 512
 BATCH_CHARS = 2 << 20
 ROWS_TO_DETECT = 64
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -135,15 +131,15 @@ class _Plan:
 
 def _build(plan: _Plan, peers: Peers) -> None:
     cache_dir = os.path.dirname(plan.folder)
-    work = peers.from_first(lambda: _writing(cache_dir, lambda: _new_build_folder(cache_dir)))
+    work = peers.from_first(lambda: writing(cache_dir, lambda: new_build_folder(cache_dir)))
     try:
         form = peers.from_first(lambda: _format(plan))
-        shards = peers.run(lambda: _writing(cache_dir, lambda: _build_shard(plan, form, work, peers)))
+        shards = peers.run(lambda: writing(cache_dir, lambda: _build_shard(plan, form, work, peers)))
         dtype, info = _token_dtype(plan.maker.load()[1]), plan.maker.load()[1]
         peers.from_first(
-            lambda: _writing(cache_dir, lambda: write_manifest(work, plan.name, plan.kind, dtype, info, shards))
+            lambda: writing(cache_dir, lambda: write_manifest(work, plan.name, plan.kind, dtype, info, shards))
         )
-        peers.from_first(lambda: _writing(cache_dir, lambda: _put_in_place(work, plan.folder)))
+        peers.from_first(lambda: writing(cache_dir, lambda: put_in_place(work, plan.folder)))
     finally:
         if peers.rank == 0:
             shutil.rmtree(work, ignore_errors=True)  # after success it has been renamed away
@@ -152,7 +148,7 @@ def _build(plan: _Plan, peers: Peers) -> None:
 def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
     """This rank's run of units as one shard: shards in rank order hold the source's rows in order."""
     if not os.path.isdir(work):
-        raise _not_shared(os.path.dirname(work))
+        raise not_shared(os.path.dirname(work))
     units = share_units(cut_units(plan.files), peers.rank, peers.world)
     encoder = plan.maker.encoder()
     writer = ShardWriter(work, peers.rank, _token_dtype(plan.maker.load()[1]), plan.kind)
@@ -261,73 +257,7 @@ def _token_dtype(info: TokenizerInfo) -> np.dtype:
     return np.dtype(np.uint16 if info.vocab_size <= 1 << 16 else np.uint32)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
-NO_FOLDER = (errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
-FOLDER_ERRORS = (*FULL, *NOT_ALLOWED, *NO_FOLDER)
-"""What the user can mend with another folder or more room; any other error of the disk is shown whole."""
-
-
-def _writing(cache_dir: str, work: Callable[[], Result]) -> Result:
-    """Do `work`; trouble with the disk becomes a message about data.cache_dir."""
-    try:
-        return work()
-    except OSError as err:
-        if err.errno in FOLDER_ERRORS:
-            raise ValueError(
-                f"data.cache_dir={cache_dir}: the token cache cannot be written ({err}); "
-                "free space there or set data.cache_dir to another folder that every rank sees"
-            ) from err
-        raise
-
-
-def _new_build_folder(cache_dir: str) -> str:
-    os.makedirs(cache_dir, exist_ok=True)
-    _clear_dead_builds(cache_dir)
-    folder = os.path.join(cache_dir, f".build-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
-    os.mkdir(folder)
-    return folder
-
-
-def _clear_dead_builds(cache_dir: str) -> None:
-    """Remove what killed builds of this machine left; others' builds may be alive and stay."""
-    for name in os.listdir(cache_dir):
-        host, _, pid = name.removeprefix(".build-").rpartition("-")[0].rpartition("-")
-        if name.startswith(".build-") and host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(os.path.join(cache_dir, name), ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _put_in_place(work: str, folder: str) -> None:
-    """Rename the finished build to its key. If another run was faster, its cache is as good and stays."""
-    if os.path.isdir(folder) and not is_complete(folder):
-        damaged = f"{work}-damaged"
-        os.rename(folder, damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-    try:
-        os.rename(work, folder)
-    except OSError as err:
-        if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-
-
 def _open(folder: str, paths: list[str]) -> TokenCache:
     if not is_complete(folder):
-        raise _not_shared(os.path.dirname(folder))
+        raise not_shared(os.path.dirname(folder))
     return TokenCache(folder, paths)
-
-
-def _not_shared(cache_dir: str) -> ValueError:
-    return ValueError(
-        f"data.cache_dir={cache_dir} is not the same folder on every rank: what rank 0 wrote is missing here; "
-        "set data.cache_dir to a folder that all machines share"
-    )

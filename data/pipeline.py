@@ -128,7 +128,7 @@ class TrainingData:
             ValueError: the rows are no multiple of world x micro_batch_rows.
         """
         mine = split_rows(rows, rank, world, micro_batch_rows)
-        return [self._micro_batch(self.order.pieces, part) for part in mine]
+        return [self.micro_batch_of(self.order.pieces, part) for part in mine]
 
     def eval_batches(self, rank: int, world: int, micro_batch_rows: int) -> list[MicroBatch]:
         """This rank's share of the held-out samples, in a fixed order, each sample once over all ranks.
@@ -141,13 +141,14 @@ class TrainingData:
             return []
         rows = packed_once(pieces, self.order.seq_len, self.order.packing)
         mine = split_ragged(rows, rank, world, micro_batch_rows)
-        return [self._micro_batch(pieces, part) for part in mine]
+        return [self.micro_batch_of(pieces, part) for part in mine]
 
     def with_numbers(self, name: str, numbers: Numbers) -> TrainingData:
         """The same data, whose documents have the fact `name`: float64 [samples, documents] of each cache."""
         return replace(self, numbers={**self.numbers, name: numbers})
 
-    def _micro_batch(self, pieces: Pieces, rows: Sequence[Row]) -> MicroBatch:
+    def micro_batch_of(self, pieces: Pieces, rows: Sequence[Row]) -> MicroBatch:
+        """The documents of some rows of `pieces` as one micro-batch; without rows a token without a target."""
         chosen = [piece for row in rows for piece in row.pieces]
         return collate(documents_of(self.caches, self.numbers, pieces, chosen))
 
