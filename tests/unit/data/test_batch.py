@@ -92,12 +92,11 @@ def test_an_empty_micro_batch_has_the_facts_of_the_others() -> None:
 def test_what_documents_begin_with_is_there_once() -> None:
     """Prompt 1 2 3 with three answers, and another document. The 3 predicts each answer's first token: it stays."""
     answers = [[4, 5], [7, 8, 9], [4, 6]]
-    documents = [
-        Document(
-            np.array([1, 2, 3, *own]), np.arange(3 + len(own)) >= 3, 0, {"group": 0.0}, {"weight": np.arange(3.0 + len(own))}
-        )
-        for own in answers
-    ]  # fmt: skip
+    documents = []
+    for own in answers:
+        tokens = np.array([1, 2, 3, *own])
+        places = np.arange(len(tokens))
+        documents.append(Document(tokens, places >= 3, 0, {"group": 0.0}, {"weight": places * 1.0}))
     learnt = np.array([False, True, True])
     documents.append(Document(np.array([1, 2, 3]), learnt, 1, {"group": 1.0}, {"weight": np.zeros(3)}))
     batch = collate(documents, share="group")
