@@ -120,7 +120,10 @@ class RolloutConfig:
     """Between rollouts the generator's copy of the weights (where it has one) is given back, and on a GPU a reference
     or reward model lies in host memory while it is not asked."""
     save: bool = True
-    """Write every step's texts with their rewards to rollouts/ in the run folder."""
+    """Write every step's texts with their rewards to rollouts/ in the run folder; scripts/show_rollouts.py shows
+    them."""
+    save_tokens: bool = False
+    """And every token with its log-probability, about ten times as much."""
 
     @property
     def max_tokens(self) -> int:
