@@ -57,10 +57,13 @@ Every mistake is told before anything starts, all of them at once, each with wha
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, as one line; "" where there is none."""
+    """The docstring below each field of a dataclass, as one line, also of those it has from another dataclass; ""
+    where there is none."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        docs |= field_docs(base) if dataclasses.is_dataclass(base) else {}
     body = ast.parse(inspect.getsource(cls).lstrip()).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
     for node, after in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""

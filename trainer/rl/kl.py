@@ -15,7 +15,9 @@ samples of the policy being trained, and E[s] = 0. Of the divergence the gradien
                                  k3: E[(1 - exp(-d)) s] = -E_reference[s], that of KL(reference || policy)
     detached, in the reward      k1: E[d s], right
                                  k2: E[d^2 s / 2] and k3: E[(d + exp(-d)) s], both of something else
-    k3 times policy/old, with the gradient of both factors: E[d s], right, and also on samples of the older policy
+    times policy / old policy, which makes it hold for samples of the older policy (`on_older_samples`)
+                                 k1 and k3, with the gradient of both factors: E[d s], right
+                                 k2, with its own gradient only: E[d s], right
 
 Near the reference k2 and k3 as losses agree to first order in d. As a loss each token is taken by itself: what a token
 does to the divergence of the tokens after it counts only in the reward.
@@ -46,6 +48,14 @@ def estimate(kind: Estimator, log_prob: Numbers, reference: Numbers) -> Numbers:
         return (log_prob - reference) ** 2 / 2
     back = clamp_above(reference - log_prob)
     return exp(back) - 1 - back
+
+
+def on_older_samples(
+    kind: Estimator, log_prob: torch.Tensor, reference: torch.Tensor, old: torch.Tensor
+) -> torch.Tensor:
+    """The estimator as a loss on samples of the policy ``old``: weighted so that its gradient is the divergence's."""
+    ratio = torch.exp(clamp_above(log_prob - old))
+    return (ratio.detach() if kind == "k2" else ratio) * estimate(kind, log_prob, reference)
 
 
 def exp(x: Numbers) -> Numbers:

@@ -13,7 +13,7 @@ from torch import nn
 
 from parallel.sharding import ALONE, Axis
 from trainer.channels import Column, by_channel, extremes
-from trainer.rl.kl import clamp_above, estimate
+from trainer.rl.kl import estimate, on_older_samples
 from trainer.rl.mismatch import measure
 from trainer.rl.policy_loss import policy_loss, token_scale
 from trainer.stages.policy_config import PolicyConfig
@@ -79,9 +79,10 @@ class Policy:
         extra_T = -cfg.entropy_coef * entropy_T
         shown: dict[str, torch.Tensor] = {}
         if cfg.kl == "loss":
-            kl_T = estimate(cfg.kl_estimator, log_prob_T, facts["reference"])
             if cfg.kl_importance:
-                kl_T = kl_T * torch.exp(clamp_above(log_prob_T - old_T))
+                kl_T = on_older_samples(cfg.kl_estimator, log_prob_T, facts["reference"], old_T)
+            else:
+                kl_T = estimate(cfg.kl_estimator, log_prob_T, facts["reference"])
             extra_T = extra_T + cfg.kl_coef * kl_T
             shown["kl"] = kl_T
         shown |= {

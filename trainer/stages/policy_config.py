@@ -41,8 +41,8 @@ class PolicyConfig:
     kl_coef: float = 0.04
     """Weight of the divergence (beta)."""
     kl_importance: bool = False
-    """Multiply the divergence in the loss by policy / old policy, which makes k3's gradient right and holds when there
-    are several updates for each rollout."""
+    """Multiply the divergence in the loss by policy / old policy: the gradient of every estimator is then right, also in
+    later updates for the same rollout."""
     reference: str | None = None
     """What the divergence is measured from: a folder as in init_from; null = the weights the run starts from."""
     entropy_coef: float = 0.0

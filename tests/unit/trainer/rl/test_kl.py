@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.rl.kl import estimate
+from trainer.rl.kl import estimate, on_older_samples
 
 NOW = torch.tensor([0.9, -0.3, 0.1, 1.2], dtype=torch.float64)
 REFERENCE = torch.tensor([-0.4, 0.6, 0.0, 0.3], dtype=torch.float64).log_softmax(0)
@@ -70,12 +70,12 @@ def test_gradients_of_the_estimators_are_what_the_docstring_says() -> None:
         assert float((gradient(lambda x, kind=kind: in_reward(kind, x)) - wanted).abs().max()) > 0.01
 
 
-def test_k3_times_the_ratio_has_the_right_gradient_on_older_samples() -> None:
-    def weighted(logits: torch.Tensor) -> torch.Tensor:
-        log_p = logits.log_softmax(0)
-        return (OLD.exp() * torch.exp(log_p - OLD) * estimate("k3", log_p, REFERENCE)).sum()
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_weighted_estimators_have_the_right_gradient_on_older_samples(kind: Any) -> None:
+    def expected(logits: torch.Tensor) -> torch.Tensor:
+        return (OLD.exp() * on_older_samples(kind, logits.log_softmax(0), REFERENCE, OLD)).sum()
 
-    torch.testing.assert_close(gradient(weighted), gradient(reverse_kl))
+    torch.testing.assert_close(gradient(expected), gradient(reverse_kl))
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
