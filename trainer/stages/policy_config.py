@@ -41,7 +41,7 @@ class PolicyConfig:
     kl_coef: float = 0.04
     """Weight of the divergence (beta)."""
     kl_importance: bool = False
-    """Multiply the divergence in the loss by policy / old policy: the gradient of every estimator is then right, also in
+    """Multiply the divergence in the loss by policy / old policy: every estimator then has the right gradient, also in
     later updates for the same rollout."""
     reference: str | None = None
     """What the divergence is measured from: a folder as in init_from; null = the weights the run starts from."""
