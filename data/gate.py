@@ -20,8 +20,14 @@ SHOWN_BAD_ROWS = 5
 Column = Callable[["ChannelReport"], str]
 
 
+LIMITS: dict[KindName, str] = {"prompts": "rollout.max_prompt_tokens"}
+"""The key that says how long a sample may be, where it is not data.seq_len."""
+
+DROPPED: dict[KindName, str] = {"preference": "pairs", "unpaired": "judged answers", "prompts": "prompts"}
+"""What is left out whole."""
+
 REASONS = {
-    "too_long": "the two documents have {tokens} tokens together, more than data.seq_len={seq_len}",
+    "too_long": "{what} {tokens} tokens, more than {limit}={seq_len}",
     "equal": "chosen and rejected are the same",
     "empty": "an answer is empty: it has nothing to learn",
 }
@@ -63,7 +69,8 @@ class ChannelReport:
     empty_answers: int = 0
     """Pairs and judged answers with an answer that has no text or nothing to learn: dropped."""
     too_long_pairs: int = 0
-    """Pairs that do not fit in a row together: dropped, because half a pair says nothing."""
+    """Pairs that do not fit in a row together: dropped, because half a pair says nothing. Of prompts, those longer than
+    rollout.max_prompt_tokens."""
     desirable: int = 0
     """Judged answers that were found good."""
 
@@ -83,15 +90,22 @@ class GateReport:
     """Tokens of the longest pair that was dropped for its length; 0 if none was."""
     kind: KindName = "text"
 
+    @property
+    def limit(self) -> str:
+        """The key that says how long a sample may be."""
+        return LIMITS.get(self.kind, "data.seq_len")
+
     def bad_rows(self) -> Iterator[BadRow]:
         """Every malformed row, source after source, then the well-formed pairs and judged answers that are dropped."""
         for cache in self.caches:
             yield from cache.bad_rows()
         for cache in (cache for cache in self.caches if cache.notes is not None):
+            what = "the prompt has" if self.kind == "prompts" else "the two documents together have"
             for name, found_S in dropped_for(cache, np.arange(cache.num_samples), self.seq_len).items():
                 for sample in np.flatnonzero(found_S).tolist():
                     tokens = int(cache.samples["length"][sample])
-                    yield cache.place(sample, REASONS[name].format(tokens=tokens, seq_len=self.seq_len))
+                    said = {"what": what, "tokens": tokens, "limit": self.limit, "seq_len": self.seq_len}
+                    yield cache.place(sample, REASONS[name].format(**said))
 
     def write_bad_rows(self, path: str) -> None:
         """Write a JSON line {file, line, reason} for every malformed or dropped row; replaces the file at once."""
@@ -121,21 +135,23 @@ class GateReport:
             for line in lines
         ]
         full, bad = self.packing_efficiency, self.bad_row_count
-        foot = f"{self.rows_per_epoch:,} rows an epoch, {full:.1%} full; {bad:,} bad rows{self._dropped()}"
+        rows = f"{self.rows_per_epoch:,} rows an epoch, {full:.1%} full"
+        if self.kind == "prompts":
+            rows = f"{self.rows_per_epoch:,} prompts an epoch"
+        foot = f"{rows}; {bad:,} bad rows{self._dropped()}"
         return "\n".join([*table, foot])
 
     def _dropped(self) -> str:
         """What was left out although its rows are well formed, and what would keep it."""
         reasons = []
         if too_long := sum(channel.too_long_pairs for channel in self.channels):
-            keep = f"data.seq_len={self.longest_dropped} keeps all"
-            reasons.append(f"{too_long:,} longer than data.seq_len={self.seq_len} ({keep})")
+            keep = f"{self.limit}={self.longest_dropped} keeps all"
+            reasons.append(f"{too_long:,} longer than {self.limit}={self.seq_len} ({keep})")
         if equal := sum(channel.equal_pairs for channel in self.channels):
             reasons.append(f"{equal:,} with equal answers")
         if empty := sum(channel.empty_answers for channel in self.channels):
             reasons.append(f"{empty:,} with an empty answer")
-        what = "pairs" if self.kind == "preference" else "judged answers"
-        return f"; dropped {what}: {', '.join(reasons)}" if reasons else ""
+        return f"; dropped {DROPPED[self.kind]}: {', '.join(reasons)}" if reasons else ""
 
 
 def make_report(
@@ -201,7 +217,7 @@ def check(report: GateReport, keys: list[tuple[str, str]], max_bad_fraction: flo
     for (key, path), cache in zip(keys, report.caches, strict=True):
         wrong += _source_problems(key, path, cache, max_bad_fraction)
     for channel in report.channels:
-        if channel.samples and not channel.supervised_tokens:
+        if channel.samples and not (channel.tokens if report.kind == "prompts" else channel.supervised_tokens):
             wrong.append(_nothing_learnt(channel, report, keys, loss_on))
     if not wrong and not report.rows_per_epoch:
         wrong.append(
@@ -230,6 +246,7 @@ def _source_problems(key: str, path: str, cache: TokenCache, max_bad_fraction: f
 
 
 def _nothing_learnt(channel: ChannelReport, report: GateReport, keys: list[tuple[str, str]], loss_on: str) -> str:
+    what = "prompt left" if report.kind == "prompts" else "supervised token"
     seq_len, longest = report.seq_len, report.longest_dropped
     sources = zip(keys, report.caches, strict=True)
     found = [(*source, cache) for source, cache in sources if channel.channel in cache.channels]
@@ -238,10 +255,12 @@ def _nothing_learnt(channel: ChannelReport, report: GateReport, keys: list[tuple
     if channel.equal_pairs + channel.empty_answers + channel.too_long_pairs:
         reason = (
             f"{channel.equal_pairs} have equal answers, {channel.empty_answers} an empty answer, "
-            f"{channel.too_long_pairs} are longer than data.seq_len={seq_len}"
+            f"{channel.too_long_pairs} are longer than {report.limit}={seq_len}"
         )
+        if report.kind == "prompts":
+            reason = f"all are longer than {report.limit}={seq_len}"
         if channel.too_long_pairs:
-            reason += f"; set data.seq_len={longest}"
+            reason += f"; set {report.limit}={longest}"
     elif channel.truncated_rows == channel.samples:
         reason = f"every row is cut at data.seq_len={seq_len} before its first answer; raise data.seq_len"
     elif found and loss_on == "assistant" and all(_is_text(cache) for _, _, cache in found):
@@ -249,7 +268,7 @@ def _nothing_learnt(channel: ChannelReport, report: GateReport, keys: list[tuple
     else:
         reason = "its conversations have no assistant turn with a next token; check the roles and the chat template"
     return (
-        f"channel {channel.channel} ({where}) has no supervised token in {channel.samples} samples: {reason}; "
+        f"channel {channel.channel} ({where}) has no {what} in {channel.samples} samples: {reason}; "
         f"its first text ends with {tail[-120:]!r}"
     )
 
@@ -280,22 +299,23 @@ _LOST: dict[str, Column] = {
     "truncated": lambda channel: f"{channel.truncated_rows:,}",
 }
 _EMPTY: dict[str, Column] = {"empty": lambda channel: f"{channel.empty_answers:,}"}
-_LAST: dict[str, Column] = {
-    "stop": lambda channel: channel.stop_supervised,
-    "packed": lambda channel: f"{channel.packing_efficiency:.1%}",
+_SHARES: dict[str, Column] = {
     "share": lambda channel: f"{channel.weight_share:.1%}",
     "eval": lambda channel: f"{channel.eval_samples:,}",
 }
-_PAIRS: dict[str, Column] = {
-    "equal": lambda channel: f"{channel.equal_pairs:,}",
-    **_EMPTY,
-    "too long": lambda channel: f"{channel.too_long_pairs:,}",
+_LAST: dict[str, Column] = {
+    "stop": lambda channel: channel.stop_supervised,
+    "packed": lambda channel: f"{channel.packing_efficiency:.1%}",
+    **_SHARES,
 }
+_TOO_LONG: dict[str, Column] = {"too long": lambda channel: f"{channel.too_long_pairs:,}"}
+_PAIRS: dict[str, Column] = {"equal": lambda channel: f"{channel.equal_pairs:,}", **_EMPTY, **_TOO_LONG}
 _GOOD: dict[str, Column] = {"good": lambda channel: f"{channel.desirable:,}"}
 COLUMNS: dict[KindName, dict[str, Column]] = {
     "text": {**_FIRST, **_LOST, **_LAST},
     "preference": {**_FIRST, **_PAIRS, **_LAST},
     "unpaired": {**_FIRST, **_GOOD, **_LOST, **_EMPTY, **_LAST},
+    "prompts": {**{name: _FIRST[name] for name in ("channel", "samples", "tokens")}, **_TOO_LONG, **_SHARES},
 }
 """The table's columns, and how each is shown."""
 

@@ -48,14 +48,38 @@ def build(
         GateError: the data do not pass the gate (a ValueError that carries the report).
     """
     assert kind != "prompts", "prompts have no loss: see prompts.read"
+    if cfg.seq_len > max_seq_len:
+        raise ValueError(f"data.seq_len={cfg.seq_len} is longer than the model allows; set data.seq_len={max_seq_len}")
+    found = assemble(cfg, tokenizer_folder, loss_on if kind == "text" else "assistant", seed, peers, kind)
+    fingerprint = fingerprint_of(cfg, found.caches, seed)
+    return TrainingData(found.channels, found.report, found.caches, found.order, found.held_out, fingerprint, kind)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """Sources behind the gate: what TrainingData and prompts are made of."""
+
+    channels: tuple[str, ...]
+    report: GateReport
+    caches: list[TokenCache]
+    order: RowOrder
+    held_out: Pieces
+
+
+def assemble(
+    cfg: DataConfig, tokenizer_folder: str | None, loss_on: str, seed: int, peers: Peers, kind: KindName
+) -> Assembled:
+    """Sources as caches, their pieces, their order, and the gate. To be called by all ranks together.
+
+    Raises:
+        ValueError: see `build`.
+        GateError: the data do not pass the gate.
+    """
     folder = cfg.tokenizer or tokenizer_folder
     if folder is None:
         raise ValueError("data.tokenizer=null and there is no init_from to take one from; set data.tokenizer=FOLDER")
-    if cfg.seq_len > max_seq_len:
-        raise ValueError(f"data.seq_len={cfg.seq_len} is longer than the model allows; set data.seq_len={max_seq_len}")
 
     # 1. Every source as a token cache: one numbered list of samples with tokens, loss mask and channel.
-    loss_on = loss_on if kind == "text" else "assistant"
     maker = Maker(folder, cfg.chat_template, loss_on, "data.tokenizer" if cfg.tokenizer else "init_from")
     named = [(f"data.sources[{index}]", source) for index, source in enumerate(cfg.sources)]
     named_eval = [(f"data.eval_sources[{index}]", source) for index, source in enumerate(cfg.eval_sources)]
@@ -78,7 +102,7 @@ def build(
     report = make_report(channels, train, held, order, tuple(everything), kind)
     keys = [(key, source.path) for key, source in named + named_eval]
     check(report, keys, cfg.max_bad_fraction, loss_on)
-    return TrainingData(channels, report, everything, order, held.pieces, _fingerprint(cfg, everything, seed), kind)
+    return Assembled(channels, report, everything, order, held.pieces)
 
 
 @dataclass(frozen=True)
@@ -153,7 +177,8 @@ class TrainingData:
         return collate(documents_of(self.caches, self.numbers, pieces, chosen))
 
 
-def _fingerprint(cfg: DataConfig, caches: list[TokenCache], seed: int) -> str:
+def fingerprint_of(cfg: DataConfig, caches: list[TokenCache], seed: int) -> str:
+    """Hash of everything that decides the order of rows; `caches` are those of the sources, then others."""
     weights = [source.weight for source in cfg.sources]
     keys = [cache.key for cache in caches[: len(weights)]]
     parts = [VERSION, keys, weights, seed, cfg.seq_len, cfg.packing, cfg.eval_fraction]

@@ -1,26 +1,145 @@
-"""Prompts to write answers to: what a row of a source gives to reinforcement learning."""
+"""Prompts to write answers to: rows of the sources as reinforcement learning takes them.
+
+    data = prompts.read(cfg, tokenizer_folder=..., max_prompt_tokens=256, seed=0, peers=peers)
+    data.prompts(position, count)
+
+A row is a prompt (text, messages, `question` or `instruction`) or a conversation. Assistant messages at its end are
+what the policy has to write: they are taken off, and their text is kept as the field `completion`. Messages end with
+the chat template's generation prompt; a plain text is asked as it is, after BOS where the tokenizer puts one. All other
+fields of the row reach the reward functions, as JSON has them (tuples are lists; what JSON does not know is text).
+
+Rows lie in a token cache, so a run holds no more of them in memory than a step needs. Generated rows become a file
+first (`rows_file`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
+
+import numpy as np
+
+from data.cache_files import TokenCache
+from data.config import DataConfig
+from data.disk import writing
+from data.gate import GateReport
+from data.order import Pieces, RowOrder
+from data.peers import Peers
+from data.pipeline import assemble, fingerprint_of
+from data.prompt import Prompt
+
+
+def read(
+    cfg: DataConfig, *, tokenizer_folder: str | None, max_prompt_tokens: int, seed: int, peers: Peers
+) -> PromptData:
+    """The prompts of all sources behind their gate. To be called by all ranks together.
+
+    Args:
+        cfg: the data section; its seq_len and packing are not looked at.
+        tokenizer_folder: folder of `init_from`, used unless cfg.tokenizer names one.
+        max_prompt_tokens: a longer prompt is left out and counted.
+        seed: of the order of prompts.
+
+    Raises:
+        ValueError: a mistake in the section, the tokenizer, the template or the files, or data of another kind.
+        GateError: the data do not pass the gate (a ValueError that carries the report).
+    """
+    cfg = replace(cfg, seq_len=max_prompt_tokens, packing="none")
+    found = assemble(cfg, tokenizer_folder, "assistant", seed, peers, "prompts")
+    fingerprint = fingerprint_of(cfg, found.caches, seed)
+    return PromptData(found.channels, found.report, found.caches, found.order, found.held_out, fingerprint)
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One prompt with everything its row says, for generation and for the functions that judge the answers."""
+class PromptData:
+    """Prompts by position, and the held-out ones."""
 
-    number: int
-    """Its place among all prompts of the run, held-out ones included: names it in records and seeds."""
-    channel: int
-    """Index into the run's channels."""
-    channel_name: str
-    tokens: tuple[int, ...]
-    """The prompt as the model sees it: the chat template's generation prompt (or BOS) included."""
-    text: str
-    """What was tokenised: the rendered conversation, or the plain prompt."""
-    messages: tuple[dict[str, Any], ...] | None
-    """The conversation up to the answer that is asked for; None where the row has a plain text."""
-    fields: Mapping[str, Any]
-    """The row's other fields as they are (answers, task, tools): what reward functions are given."""
+    channels: tuple[str, ...]
+    report: GateReport
+    caches: list[TokenCache] = field(repr=False)
+    order: RowOrder = field(repr=False)
+    held_out_pieces: Pieces = field(repr=False)
+    fingerprint: str
+    """Changes when the prompts at a position do: kept in a checkpoint, it tells whether a resumed run goes on with the
+    same ones."""
+
+    @property
+    def prompts_per_epoch(self) -> int:
+        """Prompts of the first epoch (of every epoch, if all weights are whole numbers)."""
+        return self.report.rows_per_epoch
+
+    @property
+    def max_token_id(self) -> int:
+        """Largest id that occurs: the model's vocabulary must be larger."""
+        return max(cache.max_token_id for cache in self.caches)
+
+    def prompts(self, position: int, count: int) -> list[Prompt]:
+        """Prompts position .. position + count - 1 of the run's order, the same on every rank and layout.
+
+        In an epoch every prompt comes as often as its source's weight says, shuffled with (seed, epoch); epochs follow
+        each other without a gap.
+        """
+        rows = self.order.rows(position, count)
+        return [self._prompt(self.order.pieces, row.pieces[0], position + n) for n, row in enumerate(rows)]
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        """The prompts of data.eval_fraction and data.eval_sources, in the order of the sources."""
+        return [self._prompt(self.held_out_pieces, piece, piece) for piece in range(len(self.held_out_pieces))]
+
+    @cached_property
+    def _first_rows(self) -> np.ndarray:
+        return np.cumsum([0, *(cache.num_samples for cache in self.caches)])
+
+    def _prompt(self, pieces: Pieces, piece: int, number: int) -> Prompt:
+        source, sample = int(pieces.source_P[piece]), int(pieces.sample_P[piece])
+        cache, channel = self.caches[source], int(pieces.channel_P[piece])
+        kept = cache.row(sample)
+        return Prompt(
+            number=number,
+            channel=channel,
+            channel_name=self.channels[channel],
+            tokens=tuple(cache.tokens(sample, 0, int(pieces.length_P[piece])).tolist()),
+            text=kept["text"],
+            messages=None if kept["messages"] is None else tuple(kept["messages"]),
+            fields=kept["fields"],
+            row=int(self._first_rows[source]) + sample,
+        )
+
+
+def rows_file(rows: Iterable[Mapping[str, Any]], name: str, cache_dir: str, peers: Peers) -> str:
+    """The path of a JSONL file with these rows, for `SourceConfig(path, channel=name)`: generated tasks as a source.
+
+    Rank 0 writes it, unless it is there already; its name holds a hash of the rows. To be called by all ranks together;
+    the rows of the others are not looked at.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+
+    def write() -> str:
+        lines = [json.dumps(row, default=str, sort_keys=True).encode() + b"\n" for row in rows]
+        digest = hashlib.blake2b(b"".join(lines), digest_size=16).hexdigest()
+        path = os.path.join(cache_dir, f"{name}-{digest}.jsonl")
+        if not os.path.isfile(path):
+            writing(cache_dir, partial(_write, path, lines))
+        return path
+
+    return peers.from_first(write)
+
+
+def _write(path: str, lines: list[bytes]) -> None:
+    folder, file = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    part = os.path.join(folder, f".{file}-{uuid.uuid4().hex}")
+    with open(part, "wb") as stream:
+        stream.writelines(lines)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)

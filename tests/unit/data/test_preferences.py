@@ -196,9 +196,9 @@ def test_useless_pairs_are_dropped_counted_and_named(write_jsonl, make, tmp_path
     assert sorted((row["line"], row["reason"].split(":")[0]) for row in rows) == [
         (2, "chosen and rejected are the same"),
         (3, "an answer is empty"),
-        (4, "the two documents have 269 tokens together, more than data.seq_len=192"),
+        (4, "the two documents together have 269 tokens, more than data.seq_len=192"),
         (5, "an answer is empty"),
-        (6, f"the two documents have {longest} tokens together, more than data.seq_len=192"),
+        (6, f"the two documents together have {longest} tokens, more than data.seq_len=192"),
     ]
     assert {row["file"] for row in rows} == {path}
     kept = make(SourceConfig(path), seq_len=longest).report
