@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import regex
 
-from data.prompts import Prompt
+from data.prompt import Prompt
 from trainer.evaluation.judging import RULES, Rule, extract, normalised, number
 
 _BOXED = "\\boxed{"

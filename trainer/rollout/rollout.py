@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from data.chat import Render
 from data.formats import RowError
 from data.peers import Peers
-from data.prompts import Prompt
+from data.prompt import Prompt
 from models.generation import Completion
 from trainer.rollout.config import TASK, RolloutConfig
 from trainer.rollout.crew import Crew, Job

@@ -17,7 +17,7 @@ from typing import Any
 
 import regex
 
-from data.prompts import Prompt
+from data.prompt import Prompt
 from trainer.rollout.types import Answer, Turn
 
 _CALL = regex.compile(r"<calculator>(.*?)</calculator>", regex.DOTALL)

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.chat import Render
 from data.formats import Row, RowError
-from data.prompts import Prompt
+from data.prompt import Prompt
 from trainer.rollout.types import Turn
 
 _MARK = "Q7x0x7Q"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from data.prompts import Prompt
+from data.prompt import Prompt
 
 if TYPE_CHECKING:  # processes that only judge texts read this file too, and have no use for torch
     from models.generation import Completion, SamplingConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data.prompts import Prompt
+from data.prompt import Prompt
 from trainer.rollout import reward_functions as rules
 from trainer.rollout.config import RewardFunctionConfig, RolloutConfig
 from trainer.rollout.crew import MOST_STUCK, Crew, Job

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from data.chat import Render, template_renderer
 from data.formats import RowError
 from data.peers import Peers
-from data.prompts import Prompt
+from data.prompt import Prompt
 from models.generation import Completion, Generator, GeneratorConfig, Request, SamplingConfig
 from parallel.sharding import SINGLE
 from tests import generation_cases, tp_cases

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.prompts import Prompt
+from data.prompt import Prompt
 from trainer.rollout import records
 from trainer.rollout.records import Records
 from trainer.rollout.types import Rollout, Turn
