@@ -80,12 +80,12 @@ def import_deepspeed() -> Any:
 
 
 def mark_experts(model: nn.Module, groups: Groups) -> bool:
-    """Tell DeepSpeed which parameters are experts dealt out over ranks; returns whether there are any."""
+    """Tell DeepSpeed which parameters are experts dealt out over ranks; returns whether any are trained."""
     if groups.ep.size == 1:
         return False
     found = False
     for param in model.parameters():
-        if shard_of(param).experts:
+        if shard_of(param).experts and param.requires_grad:
             found = True
             vars(param).update(allreduce=False, group_name=EXPERTS)
     return found

@@ -8,6 +8,7 @@ batch).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from parallel.loss_scale import LossScale
 from parallel.materialise import TensorSource, materialise
 from parallel.sharding import name_of
 from parallel.state import Fragment, TrainingState
+from parallel.switch import switched_off
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Forward = Callable[[Any, Any, float], Any]
@@ -202,7 +204,7 @@ class Engine:
 
     def _sum_tied_ends(self) -> None:
         """The gradient of a tied embedding is the sum of what the first and the last stage have of it."""
-        ends = [p for _, p in self.named_parameters() if "twin" in vars(p)]
+        ends = [p for _, p in self.named_parameters() if "twin" in vars(p) and p.requires_grad]
         if len(ends) == 2:  # a V-shaped schedule has both on one rank
             first, last = (p.grad for p in ends)
             assert first is not None and last is not None
@@ -254,6 +256,10 @@ class Engine:
         found = forward_only(self.ds, self.pipeline, micro_batches, forward)
         self.ds.train()
         return found
+
+    def adapters_off(self) -> AbstractContextManager[None]:
+        """While it lasts, a model with adapters is the one they were put on: its own reference."""
+        return switched_off(self.chunks)
 
     # ---- the training state, rank by rank ------------------------------------------------------------------------
 

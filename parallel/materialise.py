@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -25,6 +25,15 @@ class TensorSource(Protocol):
         whole = self.tensor(name)
         local = shard.slice(whole, cut)
         return local.clone() if local.numel() < whole.numel() else local  # a view would keep the whole in memory
+
+
+@runtime_checkable
+class Packs(Protocol):
+    """A module that keeps its weights in another form."""
+
+    def pack(self) -> None:
+        """Called as soon as they are filled."""
+        ...
 
 
 def fill_(param: nn.Parameter, local: torch.Tensor, device: torch.device) -> None:
@@ -63,6 +72,8 @@ def materialise(
         for param in fresh:
             fill_(param, source.part(names[id(param)], shard_of(param), cut), device)
             done.add(id(param))
+        if isinstance(module, Packs):
+            module.pack()
         if fresh and zero_config is not None:
             partition_leaf(module, zero_config, zero_group)
     for prefix, module in model.named_modules():

@@ -141,7 +141,8 @@ class Again:
 
 class _Linear(torch.autograd.Function):
     """x W^T + b (+ residual). Keeps the leaf `weight` itself, never a view or cast of it: under ZeRO-3 a kept view
-    would hold the gathered weight until the backward. Keeps `x`, or what `again` needs to make it."""
+    would hold the gathered weight until the backward. Keeps `x`, or what `again` needs to make it, if the weight is
+    trained."""
 
     @staticmethod
     def forward(
@@ -156,7 +157,8 @@ class _Linear(torch.autograd.Function):
         ctx.dtype, ctx.x_dtype, ctx.again = dtype, x.dtype, again.fn if again else None
         ctx.weight = weight
         x = x.to(dtype)
-        ctx.save_for_backward(weight, *(again.tensors if again else (x,)))
+        kept = again.tensors if again else (x,)
+        ctx.save_for_backward(weight, *(kept if ctx.needs_input_grad[1] else ()))
         with torch.autocast(x.device.type, enabled=False):
             out = product_nt(x, weight.to(dtype))
             if bias is not None:

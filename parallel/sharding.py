@@ -214,6 +214,17 @@ def name_of(param: torch.Tensor, name: str) -> str:
     return param.__dict__.get("named", name)
 
 
+def keep(param: torch.nn.Parameter) -> None:
+    """Freeze a parameter that belongs to what is trained: it is saved with it."""
+    param.requires_grad_(False)
+    vars(param)["kept"] = True
+
+
+def is_kept(param: torch.Tensor) -> bool:
+    """Whether a frozen parameter is saved with those that are trained."""
+    return param.__dict__.get("kept", False)
+
+
 def is_partial(param: torch.Tensor) -> bool:
     """Whether the gradients of a replicated parameter must be summed over tp."""
     return param.__dict__["partial"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from parallel.gradients import GradientPiece, local_shape
 from parallel.groups import Groups
-from parallel.sharding import Cut, Shard, shard_of
+from parallel.sharding import Cut, Shard, is_kept, shard_of
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -42,7 +42,8 @@ class TrainingState:
         zero: the stage.
         ds: DeepSpeed's engine.
         optimizer: torch's optimizer inside it.
-        named: every parameter of this rank under its global name; copies of a tied parameter included.
+        named: every parameter of this rank under its global name; copies of a tied parameter included. Of those that
+            are not trained only the kept ones have a place in the state.
         buffers: persistent buffers under their global names, alike on all ranks of their stage.
     """
 
@@ -56,7 +57,9 @@ class TrainingState:
         groups: Groups,
     ):
         self.zero, self.ds, self.optimizer, self.groups = zero, ds, optimizer, groups
-        self.named, self.buffers = named, buffers
+        self.named = [(name, param) for name, param in named if param.requires_grad]
+        self.kept = [(name, param) for name, param in named if is_kept(param)]
+        self.buffers = buffers
         self._create()
 
     def _create(self) -> None:
@@ -81,7 +84,7 @@ class TrainingState:
                 restore). Key/value heads that lie on several tp ranks come from each of them.
         """
         parts = {0: self._whole, 1: self._zero12, 2: self._zero12, 3: self._zero3}[self.zero]
-        for name, param, start, master, states in parts(once):
+        for name, param, start, master, states in chain(parts(once), self._frozen(once)):
             shard = shard_of(param)
             repeated = is_tied_copy(param) or (shard.dim is None and self.groups.tp.rank > 0)
             if not (once and repeated):
@@ -134,6 +137,16 @@ class TrainingState:
                     k: part.view(-1)[:numel] for k, part in zip(STATE_KEYS, cut, strict=True)
                 }
                 yield name, param, start, master.view(-1)[:numel], states
+
+    def _frozen(self, once: bool) -> Iterator[tuple[str, nn.Parameter, int, torch.Tensor, dict[str, torch.Tensor]]]:
+        for i, (name, param) in enumerate(self.kept):
+            if self.zero == 3:
+                start, numel = self._zero3_range(param)
+                if numel > 0:
+                    partition: Any = vars(param)["ds_tensor"]
+                    yield name, param, start, partition.detach().view(-1)[:numel], {}
+            elif not once or i % self.groups.data.size == self.groups.data.rank:
+                yield name, param, 0, param.detach().view(-1), {}
 
     def _zero3_range(self, param: Any) -> tuple[int, int]:
         start = self.groups.data.rank * param.ds_tensor.ds_numel

@@ -12,9 +12,9 @@ from parallel.sharding import Place
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """x W^T + b on this rank's outputs. Keeps `x` as it came (its own rows only, under sequence parallel), or what
-    `again` needs to make it; the backward gathers the rows a second time. Keeps the leaf `weight` itself, as
-    `matmul._Linear` does, and for the same reason."""
+    """x W^T + b on this rank's outputs. Where the weight is trained, keeps `x` as it came (its own rows only, under
+    sequence parallel), or what `again` needs to make it; the backward gathers the rows a second time. Keeps the leaf
+    `weight` itself, as `matmul._Linear` does, and for the same reason."""
 
     @staticmethod
     def forward(
@@ -29,7 +29,8 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.dtype, ctx.x_dtype, ctx.place, ctx.weight = dtype, x.dtype, place, weight
         ctx.again = again.fn if again else None
         x = x.to(dtype)
-        ctx.save_for_backward(weight, *(again.tensors if again else (x,)))
+        kept = again.tensors if again else (x,)
+        ctx.save_for_backward(weight, *(kept if ctx.needs_input_grad[1] else ()))
         if place.splits_rows:
             x = start_gather_rows(x, place.tp).wait()
         with torch.autocast(x.device.type, enabled=False):

@@ -9,6 +9,8 @@ from torch import nn
 
 import models
 from convert.source import Source
+from models.adapters.attach import ask_for_input_gradients, attach
+from models.adapters.config import AdapterConfig
 from models.balance import chunks_of
 from models.config import ModelConfig
 from models.decoder import Decoder, Layer
@@ -37,12 +39,19 @@ def make_engine(
     source: TensorSource,
     layout: ParallelConfig = ALL_DATA,
     row_length: int | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> Engine:
     """This rank's part of the model on the meta device, filled from ``source`` and handed to DeepSpeed.
 
-    ``row_length`` is the usual number of tokens of a row, by which pipeline stages are balanced.
+    ``row_length`` is the usual number of tokens of a row, by which pipeline stages are balanced. With an ``adapter``
+    nothing else is trained.
     """
     chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
+    if adapter is not None:
+        for chunk in chunks:
+            attach(chunk, adapter)
+            if engine_cfg.zero == 3:
+                ask_for_input_gradients(chunk)
     adamw = functools.partial(_adamw, optim)
     return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, model_cfg.hidden_size, [Layer])
 

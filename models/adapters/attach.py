@@ -1,0 +1,44 @@
+"""Put adapters on a decoder: its own parameters are frozen, the adapters' are trained."""
+
+from __future__ import annotations
+
+from models.adapters.config import AdapterConfig, BitfitConfig, LoraConfig
+from models.adapters.ia3 import Factors, scaled
+from models.adapters.lora import LowRank, adapted
+from models.adapters.targets import layers_of, linears
+from models.decoder import Decoder
+from models.heads import ScalarHead
+
+
+def attach(model: Decoder, cfg: AdapterConfig) -> None:
+    """Give a decoder on the meta device, or a chunk of one, its adapters.
+
+    Trained are the adapters (of BitFit the biases) and a scalar head, which a language model does not bring. Parameters
+    keep their names; those of an adapter are `<layer>.adapter.<…>`.
+    """
+    model.requires_grad_(False)
+    if isinstance(model.head, ScalarHead):
+        model.head.requires_grad_(True)
+    if isinstance(cfg, BitfitConfig):
+        for name, param in model.named_parameters():
+            param.requires_grad_(param.requires_grad or name.endswith(".bias"))
+        return
+    plain = dict(linears(model))
+    for layer in layers_of(model, cfg.targets):
+        above, _, name = layer.path.rpartition(".")
+        base = plain[layer.path]
+        if isinstance(cfg, LoraConfig):
+            if layer.chosen or cfg.base == "nf4":
+                low_rank = LowRank(layer, base, cfg, model.place) if layer.chosen else None
+                setattr(model.get_submodule(above), name, adapted(base, low_rank, cfg.base == "nf4"))
+        elif layer.chosen:
+            setattr(model.get_submodule(above), name, scaled(base, Factors(layer, base, model.place)))
+
+
+def ask_for_input_gradients(model: Decoder) -> None:
+    """Have the backward go down to the hidden states that enter the first layer, below which nothing is trained.
+
+    DeepSpeed's ZeRO-3 takes the gradients of a layer when that of its input is there, and too early where none is made.
+    """
+    if model.embed is not None:
+        model.embed.register_forward_hook(lambda module, given, hidden: hidden.requires_grad_())

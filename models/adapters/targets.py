@@ -1,0 +1,109 @@
+"""The linear layers of a decoder under the names that users and `peft` know.
+
+A fused weight of ours (q|k|v, gate|up) is several layers of theirs; which, the family's weight rules say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from models.adapters.config import ALL_LINEAR
+from models.blocks.mla import DownLinear
+from models.blocks.moe import SharedExpert
+from models.config import ModelConfig
+from models.decoder import Decoder, build
+from models.families import FAMILIES
+from models.rules import Concat, Rename
+from parallel.layers import ColumnLinear, RowLinear
+from parallel.sharding import shard_of
+
+Linear = ColumnLinear | RowLinear | DownLinear
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear layer as users know it: a run of rows of a weight of ours."""
+
+    module: str
+    """Its name in the Hugging Face model, as model.layers.0.self_attn.q_proj."""
+    outputs: int
+    units: int
+    """Heads it is made of; 0 where it is not."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+        return self.module.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of ours with its parts, whole sizes."""
+
+    path: str
+    """Its name in the decoder, as layers.0.attn.qkv."""
+    inputs: int
+    row: bool
+    """Cut along its inputs."""
+    parts: tuple[Part, ...]
+    chosen: tuple[int, ...]
+    """Which parts have an adapter."""
+
+    @property
+    def adapted(self) -> tuple[Part, ...]:
+        """The parts that have one."""
+        return tuple(self.parts[i] for i in self.chosen)
+
+    def rows(self, part: int) -> tuple[int, int]:
+        """Rows [start, stop) of a part in the whole weight."""
+        start = sum(each.outputs for each in self.parts[:part])
+        return start, start + self.parts[part].outputs
+
+
+def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
+    """The linear layers of a decoder (or a chunk of one) by path. Experts, shared ones too, and routers are none."""
+    inside = [f"{path}." for path, module in model.named_modules() if isinstance(module, SharedExpert)]
+    for path, module in model.named_modules():
+        if isinstance(module, (ColumnLinear, RowLinear, DownLinear)) and not path.startswith(tuple(inside)):
+            yield path, module
+
+
+def layers_of(model: Decoder, targets: Sequence[str]) -> list[Layer]:
+    """Every linear layer of a decoder (or a chunk of one), with the parts that `targets` choose; perhaps none."""
+    rules = {
+        rule.ours: rule for rule in FAMILIES[model.cfg.family].rules(model.cfg) if isinstance(rule, Rename | Concat)
+    }
+    found = []
+    for path, module in linears(model):
+        shard, rule = shard_of(module.weight), rules[f"{path}.weight"]
+        outputs, inputs = shard.whole_shape(module.weight.shape)
+        sizes = rule.sizes if isinstance(rule, Concat) else (outputs,)
+        units = shard.units or (0,) * len(sizes)
+        parts = tuple(
+            Part(hf.removesuffix(".weight"), size, unit)
+            for hf, size, unit in zip(rule.sources, sizes, units, strict=True)
+        )
+        chosen = tuple(i for i, part in enumerate(parts) if ALL_LINEAR in targets or part.name in targets)
+        found.append(Layer(path, inputs, isinstance(module, RowLinear), parts, chosen))
+    return found
+
+
+def sample(cfg: ModelConfig) -> list[Layer]:
+    """The linear layers of one layer of each kind that a model has."""
+    dense = cfg.moe.first_dense if cfg.moe is not None else cfg.num_layers
+    few = replace(cfg, num_layers=min(cfg.num_layers, dense + 1))
+    if cfg.moe is not None and dense > 1:
+        few = replace(few, num_layers=2, moe=replace(cfg.moe, first_dense=1))
+    elif cfg.moe is None:
+        few = replace(few, num_layers=1)
+    return layers_of(build(few), (ALL_LINEAR,))
+
+
+def take_over(module: nn.Module, base: Linear, adapter: nn.Module) -> None:
+    """Begin a layer that takes the place of `base`: the same parameters under the same names, and an adapter."""
+    nn.Module.__init__(module)
+    for name, value in (("weight", base.weight), ("bias", base.bias), ("adapter", adapter)):
+        setattr(module, name, value)

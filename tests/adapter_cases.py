@@ -1,0 +1,88 @@
+"""What the pools run to test adapters: a tiny model whose adapters are trained in a given layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.adapters import trained
+from convert.peft_files import read_peft
+from models import ModelConfig
+from models.adapters.config import AdapterConfig
+from models.adapters.source import AdapterSource
+from models.init import InitSource
+from parallel.config import EngineConfig, ParallelConfig
+from parallel.groups import ALL_DATA
+from tests.cases import NAMES, here, my_parts, whole
+from tests.peft_reference import SEED
+from trainer import channels, checkpoint
+from trainer.build import make_engine
+from trainer.optim import OptimConfig
+from trainer.stages.next_token import NextToken
+
+LR, EPS = 3e-3, 1e-3
+
+
+def train(
+    cfg: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    zero: Any = 1,
+    layout: ParallelConfig = ALL_DATA,
+    recompute: Any = "none",
+    precision: Any = "fp32",
+    micro_rows: int = 8,
+    steps: int = 3,
+    first: int = 0,
+    start: str | None = None,
+    save_to: str | None = None,
+    resume_from: str | None = None,
+) -> dict[str, Any]:
+    """Losses, norms, first gradients and the adapter after some steps; what the engine holds; losses without it."""
+    groups = here(layout)
+    saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
+    begin = read_peft(Path(start), cfg).tensors if start else None
+    source = AdapterSource(InitSource(cfg, seed=SEED), cfg, adapter, 5, saved, begin)
+    optim = OptimConfig(lr=LR, clip=0.0, eps=EPS, weight_decay=0.0)
+    engine_cfg = EngineConfig(zero=zero, recompute=recompute, precision=precision)
+    engine = make_engine(cfg, engine_cfg, optim, groups, source, layout, adapter=adapter)
+    if saved:
+        checkpoint.restore(saved, engine, groups)
+    stage = NextToken(len(NAMES))
+    out: dict[str, Any] = {"losses": [], "norm": [], "off": []}
+
+    def loss_of(terms: list[Any]) -> float:
+        return channels.metrics(terms, NAMES, groups.all_gather, "train")["train/loss"]
+
+    for step in range(first, first + steps):
+        batches = my_parts(step, groups, layout, micro_rows)
+        (count,) = groups.sum([stage.count(batches)])
+        with engine.adapters_off():
+            out["off"].append(loss_of(engine.evaluate(batches, stage.forward)))
+        result = engine.train_step(batches, stage.forward, count, LR)
+        out["losses"].append(loss_of(result.metrics))
+        out["norm"].append(result.grad_norm)
+        if step == first:
+            out["grads"] = {n: m / (1 - optim.betas[0]) for n, m in whole(engine, groups, "exp_avg").items()}
+    if save_to:
+        state = {"position": 0, "world": groups.world, "model": {}, "data": "", "routers": []}
+        out["saved"] = str(checkpoint.save(Path(save_to), first + steps, engine, state, groups, keep_last=2))
+    out["weights"] = whole(engine, groups, "master")
+    frozen = [p for _, p in engine.named_parameters() if not p.requires_grad]
+    out["frozen_gradients"] = sum(p.grad is not None for p in frozen)
+    out["moments"] = sum(s.numel() for f in engine.fragments() for s in f.states.values())
+    return out
+
+
+def gathered(found: dict[str, torch.Tensor], cfg: ModelConfig, adapter: AdapterConfig) -> Any:
+    """Flat tensors by our names as an adapter."""
+    source = AdapterSource(InitSource(cfg, seed=SEED), cfg, adapter, 5)
+    shaped = {name: flat.view(source.tensor(name).shape) for name, flat in found.items()}
+
+    class Held:
+        def tensor(self, name: str) -> torch.Tensor:
+            return shaped[name]
+
+    return trained(Held(), list(shaped), cfg, adapter)  # pyright: ignore[reportArgumentType]

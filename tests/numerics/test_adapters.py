@@ -1,0 +1,84 @@
+"""Adapters against `peft`: losses, every gradient, weights after steps, in one process; and the formats both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.peft_files import read_peft, write_peft
+from models import ModelConfig
+from models.adapters.config import Ia3Config, LoraConfig
+from parallel.groups import ALL_DATA
+from tests import adapter_cases, peft_reference
+from tests.cases import TINY, here, my_parts
+
+TOLERANCE = 1e-5
+MIXED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+QWEN = dataclasses.replace(TINY, family="qwen2", qkv_bias=True, tied_embeddings=True)
+
+
+def lora(**about: Any) -> tuple[LoraConfig, Any]:
+    """A kind of LoRA, ours and theirs."""
+    from peft import LoraConfig as Theirs
+
+    ours = LoraConfig(rank=4, alpha=6, **about)
+    options = {"use_rslora": ours.rank_stabilized, "use_dora": ours.dora, "target_modules": list(ours.targets)}
+    if "all-linear" in ours.targets:
+        options["target_modules"] = "all-linear"
+    return ours, Theirs(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
+
+
+def ia3() -> tuple[Ia3Config, Any]:
+    """IA3, ours and theirs."""
+    from peft import IA3Config as Theirs
+
+    names = ["k_proj", "v_proj", "down_proj"]
+    return Ia3Config(), Theirs(target_modules=names, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+
+
+ROWS = [
+    ("lora", TINY, lambda: lora()),
+    ("lora on some, biases, tied", QWEN, lambda: lora(targets=MIXED)),
+    ("rslora", TINY, lambda: lora(rank_stabilized=True)),
+    ("dora", TINY, lambda: lora(dora=True)),
+    ("dora on some, biases, tied", QWEN, lambda: lora(dora=True, targets=MIXED)),
+    ("ia3", TINY, ia3),
+    ("ia3, biases, tied", QWEN, ia3),
+]
+
+
+@pytest.mark.parametrize(("cfg", "made"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_trains_as_peft_does(cfg: ModelConfig, made: Any, tmp_path: Path) -> None:
+    """From an adapter that peft saved; then peft loads the one that was trained here."""
+    adapter, theirs = made()
+    base = peft_reference.base_folder(cfg, tmp_path / "base")
+    model = peft_reference.random_adapter(base, tmp_path / "start", theirs)
+    steps = [my_parts(step, here(), ALL_DATA, 8) for step in range(3)]
+    plain = peft_reference.hf_model(base)
+    without = [
+        float(sum(peft_reference.losses_of(plain, batch) for batch in batches)) / sum(b.num_targets for b in batches)
+        for batches in steps
+    ]
+    expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
+    found = adapter_cases.train(cfg, adapter, start=str(tmp_path / "start"), zero=0)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    assert found["off"] == pytest.approx(without, rel=1e-6)
+    assert abs(found["off"][0] / found["losses"][0] - 1) > 1e-5
+    for kind in ("grads", "weights"):
+        ours = adapter_cases.gathered(found[kind], cfg, adapter)
+        write_peft(tmp_path / kind, cfg, ours, str(base))
+        other = peft_reference.adapted(base, tmp_path / kind, train=True)
+        for name, param in other.named_parameters():
+            if param.requires_grad:
+                wanted = expected[kind][name]
+                assert float((param - wanted).detach().abs().max() / wanted.abs().max()) < TOLERANCE, name
+    batch = steps[0][0]
+    both = [
+        peft_reference.losses_of(each, batch) for each in (model, peft_reference.adapted(base, tmp_path / "weights"))
+    ]
+    assert float(both[0]) == pytest.approx(float(both[1]), rel=1e-6)
+    assert read_peft(tmp_path / "weights", cfg).cfg.name == adapter.name
+    assert found["frozen_gradients"] == 0
