@@ -13,10 +13,11 @@ from data.cache import Maker, open_cache
 from data.cache_files import TokenCache
 from data.config import DataConfig
 from data.documents import Numbers, documents_of
-from data.gate import GateReport, check, make_report
+from data.gate import check, make_report
 from data.kinds import KindName
 from data.order import VERSION, Pieces, RowOrder, packed_once
 from data.peers import Peers
+from data.report import GateReport
 from data.samples import channel_names, held_out, keep, sample_channels
 from data.tokenizer import TokenizerInfo
 

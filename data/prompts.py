@@ -28,11 +28,11 @@ import numpy as np
 from data.cache_files import TokenCache
 from data.config import DataConfig
 from data.disk import writing
-from data.gate import GateReport
 from data.order import Pieces, RowOrder
 from data.peers import Peers
 from data.pipeline import assemble, fingerprint_of
 from data.prompt import Prompt
+from data.report import GateReport
 
 
 def read(
