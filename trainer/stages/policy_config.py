@@ -68,6 +68,11 @@ class PolicyConfig:
     """Upper bound of the weights."""
 
     @property
+    def learns_from(self) -> Literal["prompts"]:
+        """The kind of data."""
+        return "prompts"
+
+    @property
     def needs_reference(self) -> bool:
         """Whether log-probabilities of the reference are wanted."""
         return self.kl != "none"
