@@ -29,7 +29,7 @@ from data.kinds import KINDS, KindName, check_format, detect_format
 from data.notes import Note
 from data.peers import Peers
 from data.readers import READERS
-from data.rows import Ask, Judged, Pair, Row, RowError, Sample
+from data.rows import Ask, Judged, Pair, Row, RowError, Sample, as_chat
 from data.sources import SourceFile, Unit, cut_units, list_files, share_units
 from data.tokenizer import TokenizerInfo, describe, load_tokenizer, tokenizer_digest
 
@@ -107,6 +107,7 @@ def open_cache(
         "files": [(file.name, file.kind, file.channel, digest) for file, digest in zip(files, digests, strict=True)],
         "format": source.format,
         "channel": (source.channel, source.channel_field),
+        "as_chat": source.as_chat,
         "maker": peers.from_first(maker.digest),
     }
     name = hashlib.blake2b(json.dumps(parts).encode("utf-8"), digest_size=16).hexdigest()
@@ -152,7 +153,7 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
     units = share_units(cut_units(plan.files), peers.rank, peers.world)
     encoder = plan.maker.encoder()
     writer = ShardWriter(work, peers.rank, _token_dtype(plan.maker.load()[1]), plan.kind)
-    parse = KINDS[plan.kind].formats[form].parse
+    parse = KINDS[plan.kind].formats[form].samples
     try:
         lines = _LineNumbers(plan.files)
         hidden = peers.rank != 0 or not sys.stderr.isatty()
@@ -167,16 +168,17 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
                         if row is None:
                             raise RowError(reason)
                         channel = _channel(plan.source, file, row)
-                        sample = parse(row)
-                        documents = encoder.prepare(sample)
+                        samples = parse(as_chat(row, plan.kind != "prompts") if plan.source.as_chat else row)
+                        made = [(sample, encoder.prepare(sample)) for sample in samples]
                     except RowError as err:
                         writer.add_bad(unit.file, lines.whole(unit, line), str(err))
                         continue
-                    note = None
-                    if plan.kind != "text":
-                        note = make_note(sample, documents[0].text, unit.file, lines.whole(unit, line))
-                    batch.append(Item(documents, channel, note))
-                    chars += sum(len(document.text) for document in documents)
+                    for sample, documents in made:
+                        note = None
+                        if plan.kind != "text":
+                            note = make_note(sample, documents[0].text, unit.file, lines.whole(unit, line))
+                        batch.append(Item(documents, channel, note))
+                        chars += sum(len(document.text) for document in documents)
                     if len(batch) >= BATCH_ROWS or chars >= BATCH_CHARS:
                         _write(writer, encoder, batch)
                         batch, chars = [], 0

@@ -28,6 +28,9 @@ class SourceConfig:
     format: str = "auto"
     """auto (from the first rows' fields and what the stage learns from) | text | messages | sharegpt | alpaca |
     prompt_completion; of preferences preference | unpaired; of prompts prompt | messages | sharegpt | preference."""
+    as_chat: bool = False
+    """A prompt that is a string becomes a user's message, the answers to it the assistant's, written down by the chat
+    template; else such rows are plain text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,12 @@ class Format:
 
     fields: str
     matches: Callable[[Row], bool]
-    parse: Callable[[Row], Sample]
+    parse: Callable[[Row], Sample | tuple[Sample, ...]]
+
+    def samples(self, row: Row) -> tuple[Sample, ...]:
+        """The samples of a row: one, or more where a row is several."""
+        found = self.parse(row)
+        return found if isinstance(found, tuple) else (found,)
 
 
 def is_messages(row: Row) -> bool:

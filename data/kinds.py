@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.formats import FORMATS, Format, is_messages, is_sharegpt
-from data.pairs import is_ask, is_judged, is_pair, parse_ask, parse_judged, parse_pair
+from data.pairs import is_ask, is_judged, is_pair, parse_ask, parse_both, parse_judged, parse_pair
 from data.rows import Row
 
 KindName = Literal["text", "preference", "unpaired", "prompts"]
@@ -28,7 +28,13 @@ _PAIR = "chosen, rejected, with prompt or both with the same beginning"
 KINDS: dict[KindName, Kind] = {
     "text": Kind("texts and conversations", FORMATS),
     "preference": Kind("preference pairs", {"preference": Format(_PAIR, is_pair, parse_pair)}),
-    "unpaired": Kind("judged answers", {"unpaired": Format("prompt, completion, label", is_judged, parse_judged)}),
+    "unpaired": Kind(
+        "judged answers",
+        {
+            "unpaired": Format("prompt, completion, label", is_judged, parse_judged),
+            "preference": Format(_PAIR, is_pair, parse_both),
+        },
+    ),
     "prompts": Kind(
         "prompts",
         {

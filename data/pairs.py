@@ -72,6 +72,12 @@ def parse_pair(row: Row) -> Pair:
     )
 
 
+def parse_both(row: Row) -> tuple[Judged, ...]:
+    """A pair as two judged answers: the chosen one is good, the rejected one is not."""
+    pair = parse_pair(row)
+    return Judged(pair.chosen, True), Judged(pair.rejected, False)
+
+
 def parse_judged(row: Row) -> Judged:
     """{"prompt": ..., "completion": ..., "label": true | false}; a completion of messages may be the conversation."""
     label = row.get("label")

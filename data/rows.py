@@ -161,6 +161,15 @@ def question_of(row: Row, name: str) -> Row:
     return {"role": "user", "content": f"{question}\n\n{extra}" if extra and extra.strip() else question}
 
 
+def as_chat(row: Row, answers: bool = True) -> Row:
+    """The row with its prompt, where it is a string, as a user's message, and `answers` to it as the assistant's."""
+    if not isinstance(row.get("prompt"), str):
+        return row
+    roles = {"prompt": "user", **(dict.fromkeys(("completion", "chosen", "rejected"), "assistant") if answers else {})}
+    said = {name: row[name] for name in roles if isinstance(row.get(name), str)}
+    return row | {name: [{"role": roles[name], "content": text}] for name, text in said.items()}
+
+
 def turns_of(row: Row, names: tuple[str, ...]) -> list[Any]:
     """The list of turns in the first of the fields that is there."""
     for name in names:

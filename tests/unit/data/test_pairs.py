@@ -202,7 +202,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ("text", {"prompt": "q", "chosen": "a", "rejected": "b"}, "f.jsonl holds preference pairs .* learns from texts"),
     ("preference", {"messages": [user("q")]}, "f.jsonl holds texts and conversations .* learns from preference pairs"),
     ("preference", {"prompt": "q", "completion": "a", "label": True}, r"holds judged answers \(format unpaired"),
-    ("unpaired", {"prompt": "q", "chosen": "a", "rejected": "b"}, "holds preference pairs .* from judged answers"),
+    ("unpaired", {"messages": [user("q")]}, "holds texts and conversations .* learns from judged answers"),
     ("prompts", {"text": "words"}, "holds texts and conversations .* learns from prompts"),
     (
         "preference",

@@ -248,6 +248,44 @@ def test_judged_answers(write_jsonl, make, tokenizer) -> None:
     assert "good" in str(data.report).splitlines()[0] and "judged answers: 1 with an empty" in str(data.report)
 
 
+def test_a_pair_is_two_judged_answers_where_those_are_wanted(write_jsonl, make, tokenizer) -> None:
+    rows = [{"prompt": [user("q")], "completion": [said("fine")], "label": True}]
+    sources = SourceConfig(write_jsonl("p.jsonl", PAIRS[:4])), SourceConfig(write_jsonl("u.jsonl", rows))
+    data = make(*sources, kind="unpaired")
+    found = [doc for batch in everything(data) for doc in documents(batch)]
+    wanted = [(row[side][0]["content"], good) for row in PAIRS[:4] for side, good in (("chosen", 1), ("rejected", 0))]
+    told = [(tokenizer.decode(learnt).removesuffix("<|im_end|>"), facts["label"]) for _, learnt, facts in found]
+    assert sorted(told) == sorted([*wanted, ("fine", 1)])
+    assert [channel.desirable for channel in data.report.channels] == [4, 1]
+
+
+def test_strings_as_chat_are_the_messages_they_stand_for(write_jsonl, make) -> None:
+    strings = [{"prompt": f"q{n}", "chosen": f"a{n}", "rejected": "b", "system": "s"} for n in range(3)]
+    messages = [
+        {
+            "prompt": [{"role": "system", "content": "s"}, user(row["prompt"])],
+            **{side: [said(row[side])] for side in ("chosen", "rejected")},
+        }
+        for row in strings
+    ]
+    chat = make(SourceConfig(write_jsonl("s.jsonl", strings), as_chat=True))
+    same = make(SourceConfig(write_jsonl("m.jsonl", messages), as_chat=True))
+    text = make(
+        SourceConfig(write_jsonl("t.jsonl", [{k: v for k, v in row.items() if k != "system"} for row in strings]))
+    )
+    ours, theirs, plain = (
+        sorted(d for b in everything(data) for d in map(str, documents(b))) for data in (chat, same, text)
+    )
+    assert ours == theirs != plain
+    sft = [{"prompt": "q", "completion": "a"}]
+    asked = make(SourceConfig(write_jsonl("c.jsonl", sft), as_chat=True), kind="text", loss_on="assistant")
+    plain = make(SourceConfig(write_jsonl("c.jsonl", sft)), kind="text", loss_on="assistant")
+    assert (asked.report.channels[0].tokens, plain.report.channels[0].tokens) == (
+        23,
+        3,
+    )  # 1 + 5 + 1 + 1 + 1 and 1 + 10 + 1 + 1 + 1
+
+
 def test_kinds_are_not_mixed(write_jsonl, make) -> None:
     chats = SourceConfig(write_jsonl("c.jsonl", [{"messages": [user("q"), said("a")]}]))
     pairs = SourceConfig(write_jsonl("p.jsonl", PAIRS))

@@ -68,6 +68,12 @@ def test_sft_rows_texts_and_pairs_ask_too(write_jsonl, make, tokenizer) -> None:
     assert found["p"].messages == (user("p"),) and found["p"].fields["chosen"] == pairs[0]["chosen"]
 
 
+def test_a_string_as_chat_is_asked_as_a_users_message(write_jsonl, make) -> None:
+    rows = [{"prompt": "2+2?", "completion": "4"}]
+    (prompt,) = make(SourceConfig(write_jsonl("c.jsonl", rows), as_chat=True)).prompts(0, 1)
+    assert (prompt.messages, prompt.fields) == ((user("2+2?"),), {"completion": "4"})
+
+
 def test_order_is_seeded_and_weighted_without_gaps(write_jsonl, make) -> None:
     one, two = write_jsonl("a.jsonl", SUMS[:6]), write_jsonl("b.jsonl", SUMS[6:10])
     data = make(SourceConfig(one), SourceConfig(two, weight=2.0))
