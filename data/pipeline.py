@@ -121,6 +121,8 @@ class TrainingData:
     kind: KindName = "text"
     numbers: Mapping[str, Numbers] = field(default_factory=dict, repr=False)
     """Facts of documents that were computed before, by name (see precomputed.py)."""
+    share: str | None = None
+    """A fact: documents of a micro-batch in which it is the same have what they begin with in common once."""
 
     @property
     def rows_per_epoch(self) -> int:
@@ -172,10 +174,15 @@ class TrainingData:
         """The same data, whose documents have the fact `name`: float64 [samples, documents] of each cache."""
         return replace(self, numbers={**self.numbers, name: numbers})
 
+    def sharing_prompts(self) -> TrainingData:
+        """The same pairs, whose prompt comes once for both answers."""
+        assert self.kind == "preference", "only both answers of a pair have a prompt in common"
+        return replace(self, share="pair")
+
     def micro_batch_of(self, pieces: Pieces, rows: Sequence[Row]) -> MicroBatch:
         """The documents of some rows of `pieces` as one micro-batch; without rows a token without a target."""
         chosen = [piece for row in rows for piece in row.pieces]
-        return collate(documents_of(self.caches, self.numbers, pieces, chosen))
+        return collate(documents_of(self.caches, self.numbers, pieces, chosen), self.share)
 
 
 def fingerprint_of(cfg: DataConfig, caches: list[TokenCache], seed: int) -> str:
