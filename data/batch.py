@@ -127,9 +127,12 @@ def split_rows(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int
     return bins[rank::world]
 
 
-def split_ragged(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int) -> list[list[Row]]:
-    """Like `split_rows` for any number of rows: equally many lists on every rank, of at most micro_batch_rows rows."""
-    per_rank = -(-len(rows) // (world * micro_batch_rows))
+def split_ragged(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int, fewest: int = 0) -> list[list[Row]]:
+    """Like `split_rows` for any number of rows: equally many lists on every rank, of at most micro_batch_rows rows.
+
+    ``fewest``: so many lists a rank at least. A list is empty only where there are fewer rows than lists.
+    """
+    per_rank = max(fewest, -(-len(rows) // (world * micro_batch_rows)))
     return _balance(rows, per_rank * world, micro_batch_rows)[rank::world]
 
 

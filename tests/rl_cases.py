@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 
 import models
+from data.config import DataConfig
+from data.prompts import Prompt
 from models import ModelConfig
+from models.generation import Completion
 from models.init import InitSource
 from models.routing import RouterBook
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import neighbours
 from parallel.sharding import Place, shard_of
 from tests.cases import NAMES, here, my_parts, whole
-from trainer.optim import OptimConfig
-from trainer.rl.weights import GeneratorWeights
+from trainer import checkpoint
 from trainer.build import make_engine
+from trainer.config import RunConfig, RunSection
+from trainer.logging.config import LogConfig
+from trainer.logging.log import NullLog
+from trainer.loop import Progress
+from trainer.optim import OptimConfig
+from trainer.rl import loop
+from trainer.rl.experience import Experience
+from trainer.rl.loop import RlTrainer
+from trainer.rl.run import Parts, make_trainer
+from trainer.rl.weights import GeneratorWeights
+from trainer.rollout.config import RolloutConfig
+from trainer.rollout.types import Rollout, Writer
 from trainer.stages.next_token import NextToken
+from trainer.stages.policy_config import PolicyConfig
 
 
 def moved_weights(model: ModelConfig, layout: ParallelConfig, zero: Any, tp: int, drop: bool = False) -> dict[str, Any]:
@@ -54,4 +73,127 @@ def moved_weights(model: ModelConfig, layout: ParallelConfig, zero: Any, tp: int
         if not torch.equal(tensor, expected):
             out["differ"].append(name)
     out["names"] = len(held)
+    return out
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+CHANNELS = ("even", "odd")
+
+
+class SomePrompts:
+    """Prompts of one to nine tokens, for ever."""
+
+    channels: tuple[str, ...] = CHANNELS
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def prompts(self, position: int, count: int) -> list[Prompt]:
+        return [self._prompt(number) for number in range(position, position + count)]
+
+    @property
+    def held_out(self) -> list[Prompt]:
+        return [self._prompt(1000 + number) for number in range(3)]
+
+    def _prompt(self, number: int) -> Prompt:
+        random = np.random.default_rng([5, number])
+        tokens = tuple(int(t) for t in random.integers(0, self.vocab, size=random.integers(1, 10)))
+        return Prompt(number, number % 2, CHANNELS[number % 2], tokens, "", None, {})
+
+
+class SomeAsks:
+    """The share of even tokens is the reward; every sixth sample stands beside a tool's two tokens."""
+
+    def __init__(self, cfg: RolloutConfig) -> None:
+        self.cfg = cfg
+
+    def collect(self, prompts: Sequence[Prompt], writer: Writer, step: int, evaluation: bool = False) -> list[Rollout]:
+        samples = self.cfg.eval_samples if evaluation else self.cfg.samples
+        seeds = [1000 * step + each.number for each in prompts]
+        texts = writer.write([each.tokens for each in prompts], samples, self.cfg.sampling(evaluation), seeds)
+        return [_judged(prompt, each) for prompt, some in zip(prompts, texts, strict=True) for each in some]
+
+
+def _judged(prompt: Prompt, text: Completion) -> Rollout:
+    new, log_probs = text.tokens, text.log_probs
+    assert log_probs is not None and text.finish != "error"
+    before = len(prompt.tokens)
+    learn, given = [True] * len(new), list(log_probs)
+    if prompt.number % 6 == 0 and len(new) > 4:  # as if a tool had written two of them
+        learn[1:3], given[1:3] = [False, False], [0.0, 0.0]
+    reward = sum(token % 2 == 0 for token in new) / len(new)
+    return Rollout(
+        prompt,
+        text.sample,
+        (*prompt.tokens, *new),
+        (*[False] * before, *learn),
+        (*[0.0] * before, *given),
+        "",
+        "stop" if text.finish == "stop" else "length",
+        (),
+        {"even": reward},
+        reward,
+    )
+
+
+def rl_config(
+    stage: PolicyConfig, model: ModelConfig, layout: ParallelConfig, zero: Any, steps: int, **rollout: Any
+) -> RunConfig:
+    """A run of the fakes."""
+    data = DataConfig(sources=(), seq_len=48, micro_batch_rows=1, global_batch_rows=8)
+    asked = {"prompts_per_step": 4, "samples": 4, "max_prompt_tokens": 10, "max_new_tokens": 20} | rollout
+    # A large eps keeps Adam from blowing the rounding noise of vanishing gradients up to a whole step.
+    optim = OptimConfig(lr=3e-3, eps=1e-3, schedule="constant")
+    run = RunSection(steps=steps, seed=3)
+    engine = EngineConfig(zero=zero)
+    return RunConfig(model, stage, data, layout, engine, optim, LogConfig(), run, RolloutConfig(**asked))  # pyright: ignore[reportArgumentType]
+
+
+def trainer_of(cfg: RunConfig, saved_in: Path | None = None, save_to: Path | None = None) -> tuple[RlTrainer, Progress]:
+    """The trainer of a run of the fakes."""
+    groups, stage = here(cfg.parallel), cfg.stage
+    assert isinstance(stage, PolicyConfig) and cfg.run.steps is not None
+    prompts, asks = SomePrompts(cfg.model.vocab_size), SomeAsks(cfg.rollout)
+    parts = Parts(cfg, stage, groups, prompts, asks, None, (0,), NullLog(), save_to or Path(), "")
+    saved = checkpoint.Checkpoint(saved_in) if saved_in else None
+    return make_trainer(parts, saved, cfg.run.steps)
+
+
+def rl_steps(
+    stage: PolicyConfig,
+    model: ModelConfig,
+    layout: ParallelConfig,
+    zero: Any = 1,
+    steps: int = 2,
+    save_to: str | None = None,
+    resume_from: str | None = None,
+    **rollout: Any,
+) -> dict[str, Any]:
+    """Some steps: the texts and advantages of each, all metrics, the first update's gradients, the weights after."""
+    cfg = rl_config(stage, model, layout, zero, steps, **rollout)
+    trainer, progress = trainer_of(cfg, Path(resume_from) if resume_from else None, Path(save_to) if save_to else None)
+    learners = {"policy": trainer.policy} | ({"critic": trainer.critic} if trainer.critic is not None else {})
+    out: dict[str, Any] = {"metrics": [], "texts": [], "facts": [], "grads": {}, "weights": {}}
+    experience = loop.experience
+
+    def watched(*args: Any) -> Experience:
+        found = experience(*args)
+        out["texts"].append([each.tokens for each in found.samples.rollouts])
+        out["facts"].append({**found.policy_L, **found.critic_L})
+        return found
+
+    while progress.step < steps:
+        with mock.patch.object(loop, "experience", watched):
+            out["metrics"].append(trainer.step(progress))
+        if not out["grads"] and stage.epochs * stage.mini_batches == 1:
+            # AdamW's first moment after one step is (1 - beta1) times the gradient.
+            out["grads"] = {
+                name: {n: m / 0.1 for n, m in whole(each.engine, trainer.groups, "exp_avg").items()}
+                for name, each in learners.items()
+            }
+    out["weights"] = {name: whole(each.engine, trainer.groups, "master") for name, each in learners.items()}
+    if save_to:
+        trainer.save(progress)
+    out["progress"] = (progress.step, progress.position)
     return out

@@ -71,8 +71,8 @@ def open_text_model(
             f"the tokenizer in {folder} has {known} tokens and the model only {vocab}: it belongs to another model; "
             "name the right one with --tokenizer FOLDER"
         )
-    render = _renderer(made, folder, chat_template or opened.chat_template)
-    stop_tokens = _stop_tokens(made, opened, render)
+    render = renderer_of(made, folder, chat_template or opened.chat_template)
+    stop_tokens = stop_tokens_of(made, opened.files, render)
     wrong = [token for token in stop_tokens if not 0 <= token < vocab]
     if wrong:
         raise ValueError(
@@ -177,8 +177,12 @@ def _uneven(opened: Opened, tp: int) -> str | None:
     return next((fault.reason for fault in layout_rules.broken(layout, tp) if fault.key == "parallel.tp"), None)
 
 
-def _renderer(tokenizer: Any, folder: str, template: str | Path | None) -> Render | None:
-    """The chat template as a function; a template that is given becomes the tokenizer's own."""
+def renderer_of(tokenizer: Any, folder: str, template: str | Path | None) -> Render | None:
+    """The chat template as a function; a template that is given becomes the tokenizer's own.
+
+    Raises:
+        ValueError: the template cannot be read or used.
+    """
     where = folder
     if template is not None:
         where = str(template)
@@ -195,12 +199,12 @@ def _renderer(tokenizer: Any, folder: str, template: str | Path | None) -> Rende
         raise ValueError(f"{error}".replace("data.chat_template=", "the chat template of ")) from error
 
 
-def _stop_tokens(tokenizer: Any, opened: Opened, render: Render | None) -> tuple[int, ...]:
-    """Ids that end a text, each once."""
+def stop_tokens_of(tokenizer: Any, files: Path | None, render: Render | None) -> tuple[int, ...]:
+    """Ids that end a text, each once: the tokenizer's, those of the model's files, and those of the chat template."""
     found: list[int] = []
-    for file in () if opened.files is None else (CONFIG, GENERATION):
-        assert opened.files is not None
-        ends = read_json(opened.files / file).get("eos_token_id")
+    for file in () if files is None else (CONFIG, GENERATION):
+        assert files is not None
+        ends = read_json(files / file).get("eos_token_id")
         found += [token for token in (ends if isinstance(ends, list) else [ends]) if type(token) is int]
     texts = {tokenizer.eos_token} - {None}
     if render is not None:

@@ -1,0 +1,107 @@
+"""Two steps of reinforcement learning in a layout against one process: the same texts, advantages, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parallel.config import ParallelConfig
+from tests import cases, rl_cases
+from tests.integration.matrix.compare import TOLERANCE
+from tests.integration.matrix.rows import SP, model_of
+from tests.pool import Pool
+from trainer.stages.grpo import GrpoConfig
+from trainer.stages.policy_config import PolicyConfig
+from trainer.stages.ppo import PpoConfig
+
+GRPO = GrpoConfig(kl="loss", entropy_coef=0.01)
+GSPO = GrpoConfig(ratio="sequence", mini_batches=2, clip_low=0.003, clip_high=0.004)
+PPO = PpoConfig()
+ROWS: list[tuple[str, PolicyConfig, int, dict[str, Any], int]] = [
+    # model, stage, processes, layout, ZeRO
+    ("llama", GRPO, 2, {"tp": 2, **SP}, 1),
+    ("llama", PPO, 2, {"tp": 2, **SP}, 2),
+    ("llama_deep", GRPO, 2, {"pp": 2}, 1),
+    ("llama_deep", PPO, 2, {"pp": 2, "schedule": "zbv"}, 0),
+    ("llama", GRPO, 2, {"cp": 2}, 1),
+    ("llama", PPO, 2, {"cp": 2, "context": "ulysses"}, 1),
+    ("llama", GSPO, 2, {"cp": 2}, 2),
+    ("llama", GRPO, 2, {}, 3),
+    ("llama", PPO, 4, {"tp": 2}, 3),
+    ("mixtral", GRPO, 2, {"ep": 2}, 2),
+    ("mixtral", PPO, 4, {"ep": 2, "tp": 2}, 1),
+    ("llama_deep", GSPO, 4, {"tp": 2, **SP, "pp": 2}, 1),
+]
+
+
+def _name(row: tuple[str, PolicyConfig, int, dict[str, Any], int]) -> str:
+    model, stage, size, layout, zero = row
+    kind = "gspo" if stage is GSPO else stage.name
+    return f"{kind}-{model}-{size}-{','.join(f'{k}={v}' for k, v in layout.items())}-zero{zero}"
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Callable[[int], Pool]) -> Callable[[str, PolicyConfig], dict[str, Any]]:
+    """The same steps in one process, each once."""
+    found: dict[tuple[str, PolicyConfig], dict[str, Any]] = {}
+
+    def of(model: str, stage: PolicyConfig) -> dict[str, Any]:
+        if (model, stage) not in found:
+            found[model, stage] = pool(1).run(rl_cases.rl_steps, stage, model_of(model), ParallelConfig())[0]
+        return found[model, stage]
+
+    return of
+
+
+@pytest.mark.parametrize("row", ROWS, ids=_name)
+def test_a_layout_learns_as_one_process(
+    row: tuple[str, PolicyConfig, int, dict[str, Any], int],
+    pool: Callable[[int], Pool],
+    reference: Callable[[str, PolicyConfig], dict[str, Any]],
+) -> None:
+    model, stage, size, layout, zero = row
+    expected = reference(model, stage)
+    found = pool(size).run(rl_cases.rl_steps, stage, model_of(model), ParallelConfig(**layout), zero)
+    for each in found:  # every rank has all of it
+        assert each["texts"] == expected["texts"]
+        _alike(expected["facts"], each["facts"])
+    _same_training(expected, found[0])
+
+
+def test_a_resumed_run_goes_on_alike(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    """Four steps are two, a checkpoint, another layout and two more: the critic and the order of prompts included."""
+    stage, model = PpoConfig(mini_batches=2), model_of("llama_deep")
+    straight = pool(1).run(rl_cases.rl_steps, stage, model, ParallelConfig(), steps=4)[0]
+    half = {"steps": 2, "save_to": str(tmp_path)}
+    pool(2).run(rl_cases.rl_steps, stage, model, ParallelConfig(pp=2), **half)
+    rest = {"steps": 4, "resume_from": str(tmp_path / "checkpoints" / "step_0000002")}
+    resumed = pool(2).run(rl_cases.rl_steps, stage, model, ParallelConfig(tp=2), **rest)[0]
+    assert resumed["texts"] == straight["texts"][2:]
+    assert resumed["progress"] == straight["progress"] == (4, 16)
+    _alike(straight["facts"][2:], resumed["facts"])
+    for name, weights in straight["weights"].items():
+        assert cases.distance(weights, resumed["weights"][name]) <= TOLERANCE
+
+
+def _alike(expected: list[dict[str, np.ndarray]], found: list[dict[str, np.ndarray]]) -> None:
+    for ours, theirs in zip(expected, found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            largest = max(np.abs(values).max(), 1e-3)
+            assert np.abs(values - theirs[name]).max() <= TOLERANCE * largest, name
+
+
+def _same_training(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    for ours, theirs in zip(expected["metrics"], found["metrics"], strict=True):
+        names = {name for name in ours if name.startswith(("train/", "critic/", "rollout/", "channel/"))}
+        assert names == {name for name in theirs if name.startswith(("train/", "critic/", "rollout/", "channel/"))}
+        for name in names:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-5), name
+    for kind in ("grads", "weights"):
+        assert expected[kind].keys() == found[kind].keys()
+        for name, tensors in expected[kind].items():
+            assert cases.distance(tensors, found[kind][name]) <= TOLERANCE, (kind, name)

@@ -1,0 +1,146 @@
+"""The models of a reinforcement learning run: policy, generator, critic, reference and reward model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import psutil
+import torch
+
+import models
+from convert.source import Source
+from models.config import ModelConfig
+from models.generation import Generator, GeneratorConfig
+from models.generation.text import Tokenizer
+from models.init import InitSource
+from models.routing import RouterBook
+from parallel.engine import AUTOCAST, Engine
+from parallel.frozen import Frozen
+from parallel.groups import Groups, neighbours
+from parallel.materialise import TensorSource
+from parallel.sharding import Place
+from trainer import folders
+from trainer.build import fresh_weights, make_engine, make_frozen
+from trainer.config import RunConfig
+from trainer.rl.checks import critic_start, tp_fault
+from trainer.rl.learner import Learner
+from trainer.rl.packing import Packer
+from trainer.rl.weights import GeneratorWeights
+from trainer.stages.policy import Policy
+from trainer.stages.policy_config import PolicyConfig
+from trainer.stages.ppo import Critic, PpoConfig
+
+FREE_SHARE = 0.5
+"""A generator's copy may take at most this share of the memory that is free before it is made."""
+
+
+def make_policy(cfg: RunConfig, stage: PolicyConfig, groups: Groups, source: TensorSource, channels: int) -> Learner:
+    """The policy with its update."""
+    engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len)
+    update = Policy(stage, channels, cfg.rollout.max_new_tokens, cfg.rollout.temperature, groups.cp)
+    routers = RouterBook(engine.chunks, channels)
+    return Learner("train", engine, update, routers, cfg.optim, packer_of(cfg, groups), groups)
+
+
+def make_critic(cfg: RunConfig, stage: PpoConfig, groups: Groups, source: TensorSource, channels: int) -> Learner:
+    """The critic with its update."""
+    optim = dataclasses.replace(cfg.optim, lr=stage.critic_lr or cfg.optim.lr)
+    model = critic_model(cfg, stage)
+    engine = make_engine(model, cfg.engine, optim, groups, source, cfg.parallel, cfg.data.seq_len)
+    routers = RouterBook(engine.chunks, channels)
+    return Learner("critic", engine, Critic(stage, channels), routers, optim, packer_of(cfg, groups), groups)
+
+
+def contract(cfg: RunConfig, stage: PolicyConfig) -> str:
+    """What the losses are, in words."""
+    said = [Policy(stage, 1, cfg.rollout.max_new_tokens).contract]
+    return "\n".join(said + ([Critic(stage, 1).contract] if isinstance(stage, PpoConfig) else []))
+
+
+def packer_of(cfg: RunConfig, groups: Groups) -> Packer:
+    """Micro-batches as the data section asks."""
+    return Packer(cfg.data.seq_len, cfg.data.micro_batch_rows, groups, cfg.parallel)
+
+
+def critic_model(cfg: RunConfig, stage: PpoConfig) -> ModelConfig:
+    """The critic's sizes: those of what it starts from."""
+    start = critic_start(cfg, stage)
+    model = cfg.model if start is None or start == cfg.init_from else folders.model_in(start)
+    return dataclasses.replace(model, head="scalar")
+
+
+def critic_source(cfg: RunConfig, stage: PpoConfig) -> TensorSource:
+    """The critic's weights; where they have no score head, a fresh one.
+
+    Raises:
+        ValueError: the tensors are not the model's.
+    """
+    start, model = critic_start(cfg, stage), critic_model(cfg, stage)
+    return InitSource(model, cfg.run.seed) if start is None else _from_folder(start, model, cfg.run.seed)
+
+
+def make_reference(cfg: RunConfig, stage: PolicyConfig, groups: Groups) -> Frozen | None:
+    """What the policy's divergence is measured from; None where it is not wanted."""
+    if not stage.needs_reference:
+        return None
+    if stage.reference is None:
+        return _frozen(cfg, cfg.model, groups, fresh_weights(cfg))
+    model = folders.model_in(stage.reference)
+    return _frozen(cfg, model, groups, _from_folder(stage.reference, model))
+
+
+def make_reward_model(cfg: RunConfig, groups: Groups) -> Frozen | None:
+    """The model that gives a part of the reward; None where there is none."""
+    if cfg.rollout.reward_model is None:
+        return None
+    model = folders.model_in(cfg.rollout.reward_model)
+    return _frozen(cfg, model, groups, _from_folder(cfg.rollout.reward_model, model))
+
+
+def _frozen(cfg: RunConfig, model: ModelConfig, groups: Groups, source: TensorSource) -> Frozen:
+    return make_frozen(model, cfg.engine, groups, source, cfg.parallel, cfg.data.seq_len, cfg.rollout.offload)
+
+
+def _from_folder(folder: str, model: ModelConfig, seed: int = 0) -> Source:
+    source = Source(folders.opened(folder), model, seed)
+    source.check()
+    return source
+
+
+# ---- the generator ------------------------------------------------------------------------------------------------
+
+
+def make_weights(cfg: RunConfig, engine: Engine, groups: Groups, timeout_s: float) -> GeneratorWeights:
+    """The policy for generation, filled. In low precision the generator has weights of that type."""
+    tp = cfg.rollout.tp or generator_tp(cfg, engine, groups)
+    place = Place(tp=neighbours(groups, tp, timeout_s))
+    dtype = AUTOCAST.get(cfg.engine.precision, torch.float32)
+    weights = GeneratorWeights(engine, models.build(cfg.model, place), dtype)
+    weights.fill()
+    return weights
+
+
+def make_generator(
+    cfg: RunConfig, weights: GeneratorWeights, tokenizer: Tokenizer | None, stop_tokens: tuple[int, ...]
+) -> Generator:
+    """The generator that reads these weights."""
+    limits = GeneratorConfig(max_rows=cfg.rollout.max_rows, max_cached_tokens=cfg.rollout.max_cached_tokens)
+    return Generator(weights.model, tokenizer, limits, stop_tokens)
+
+
+def generator_tp(cfg: RunConfig, engine: Engine, groups: Groups) -> int:
+    """Training's tp where the trained weights can be read as they are; else as few ranks as have room for a copy."""
+    if groups.pp.size == groups.ep.size == 1 and cfg.engine.zero != 3 and cfg.engine.precision == "fp32":
+        return groups.tp.size
+    width = AUTOCAST.get(cfg.engine.precision, torch.float32).itemsize
+    bytes_ = width * sum(p.numel() for p in models.build(cfg.model).parameters())
+    room = min(groups.all_gather(_free_bytes(groups)))
+    sizes = [n for n in range(1, groups.world + 1) if groups.world % n == 0 and not tp_fault(cfg.model, n)]
+    return next((n for n in sizes if bytes_ / n <= FREE_SHARE * room), sizes[-1])
+
+
+def _free_bytes(groups: Groups) -> float:
+    """Memory one rank may count on."""
+    if groups.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(groups.device)[0])
+    return psutil.virtual_memory().available / groups.world

@@ -1,0 +1,223 @@
+"""The order of a reinforcement learning run, on one page: prompts, models, generator, restore, train."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.gate import GateError
+from data.peers import Peers
+from data.prompts import PromptData, read
+from data.tokenizer import load_tokenizer
+from parallel.groups import Groups
+from trainer import checkpoint, folders, provenance
+from trainer.build import fresh_weights
+from trainer.config import RunConfig
+from trainer.door import to_yaml
+from trainer.inference.loading import renderer_of, stop_tokens_of
+from trainer.introduction import introduce, open_log
+from trainer.logging.log import Log
+from trainer.loop import Progress
+from trainer.resuming import save, to_resume
+from trainer.rl import build
+from trainer.rl.collecting import Asks, Collector, Prompts
+from trainer.rl.loop import RlTrainer
+from trainer.rl.samples import Scorer
+from trainer.rl.writer import Author
+from trainer.rollout.records import Records
+from trainer.rollout.rollout import Rollouter
+from trainer.stages.policy_config import PolicyConfig
+from trainer.stages.ppo import PpoConfig
+
+CRITIC = "critic"
+"""Folder of the critic's checkpoints in the run folder, a run's folder in itself."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is made of, besides its models."""
+
+    cfg: RunConfig
+    stage: PolicyConfig
+    groups: Groups
+    prompts: Prompts
+    asks: Asks
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    log: Log
+    run_dir: Path
+    fingerprint: str
+    """Of the prompts."""
+    records: Records | None = None
+
+
+def train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> None:
+    """Train in the run folder as the config says; ``started`` is the time of the start (monotonic)."""
+    assert isinstance(cfg.stage, PolicyConfig)
+    saved = to_resume(cfg, run_dir)
+    prompts = read_prompts(cfg, groups, run_dir)
+    per_step = cfg.rollout.prompts_per_step
+    total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * prompts.prompts_per_epoch / per_step)
+    step = saved.state["step"] if saved else 0
+    contract = build.contract(cfg, cfg.stage)
+    with open_log(cfg, groups, run_dir, total_steps, step) as log:
+        if groups.is_main:
+            provenance.write(run_dir, to_yaml(cfg), contract, groups.world)
+            batch = (
+                f"a step = {per_step} prompts x {cfg.rollout.samples} samples, "
+                f"{cfg.stage.epochs} pass(es) of {cfg.stage.mini_batches} update(s)"
+            )
+            introduce(cfg, log, groups, run_dir, prompts.report, contract, saved, prompts.fingerprint, batch)
+        if step >= total_steps:
+            log.close(f"nothing to do: step {step} of {total_steps} is done. Raise run.steps to go on.")
+            return
+        with _asking(cfg, groups, log) as (asks, tokenizer, stop_tokens):
+            fingerprint = prompts.fingerprint
+            records = (
+                Records(run_dir, tokenizer, cfg.rollout.save_tokens) if groups.is_main and cfg.rollout.save else None
+            )
+            parts = Parts(
+                cfg, cfg.stage, groups, prompts, asks, tokenizer, stop_tokens, log, run_dir, fingerprint, records
+            )
+            trainer, progress = make_trainer(parts, saved, total_steps)
+            for line in described(trainer):
+                log.note(line)
+            log.note(f"ready after {time.monotonic() - started:.1f} s; training from step {step} to {total_steps}")
+            trainer.run(progress)
+        log.close(f"done: {progress.step} steps. Checkpoint and metrics in {run_dir}")
+
+
+@contextmanager
+def _asking(cfg: RunConfig, groups: Groups, log: Log) -> Iterator[tuple[Asks, Any, tuple[int, ...]]]:
+    """What makes rollouts, with the tokenizer and the tokens that end a text."""
+    assert cfg.data.tokenizer is not None, "a run without a tokenizer is refused before the start"
+    tokenizer = load_tokenizer(cfg.data.tokenizer, "data.tokenizer")
+    render = renderer_of(tokenizer, cfg.data.tokenizer, cfg.data.chat_template)
+    ends = stop_tokens_of(tokenizer, Path(cfg.data.tokenizer), render)
+    peers = Peers(groups.rank, groups.world, groups.all_gather)
+    asks = Rollouter(cfg.rollout, tokenizer, render, cfg.run.seed, peers, log.note)
+    try:
+        asks.check()
+        yield asks, tokenizer, tuple(token for token in ends if 0 <= token < cfg.model.vocab_size)
+    finally:
+        asks.close()
+
+
+def make_trainer(parts: Parts, saved: checkpoint.Checkpoint | None, total_steps: int) -> tuple[RlTrainer, Progress]:
+    """All models, restored where there is something to go on from, and where the run stands."""
+    cfg, stage, groups, channels = parts.cfg, parts.stage, parts.groups, len(parts.prompts.channels)
+    progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
+    policy = build.make_policy(cfg, stage, groups, saved or fresh_weights(cfg), channels)
+    critic = None
+    if saved:
+        restored(policy, saved, groups)
+    if isinstance(stage, PpoConfig):
+        theirs = _critic_checkpoint(saved) if saved else None
+        critic = build.make_critic(cfg, stage, groups, theirs or build.critic_source(cfg, stage), channels)
+        if theirs:
+            restored(critic, theirs, groups)
+    reference, reward_model = build.make_reference(cfg, stage, groups), build.make_reward_model(cfg, groups)
+    folders.forget()  # of a large model the headers alone are large
+    weights = build.make_weights(cfg, policy.engine, groups, 2 * cfg.run.hang_timeout + 60)
+    author = Author(build.make_generator(cfg, weights, parts.tokenizer, parts.stop_tokens), groups)
+    scorer = Scorer(build.packer_of(cfg, groups), groups)
+    collector = Collector(
+        stage, cfg.rollout, parts.prompts, parts.asks, author, weights, scorer, reward_model, cfg.rollout.offload
+    )
+
+    def save_now(progress: Progress) -> None:
+        if critic is not None:
+            # First, and one more of them: whatever ends the run between the two, the policy's latest has its critic.
+            model = build.critic_model(cfg, stage) if isinstance(stage, PpoConfig) else cfg.model
+            kept = cfg.run.keep_last + 1
+            common = (groups, parts.fingerprint, progress, kept)
+            save(cfg, model, parts.run_dir / CRITIC, critic.engine, critic.routers, *common)
+        common = (groups, parts.fingerprint, progress)
+        folder = save(cfg, cfg.model, parts.run_dir, policy.engine, policy.routers, *common)
+        parts.log.note(f"saved {folder}")
+
+    trainer = RlTrainer(
+        cfg,
+        stage,
+        groups,
+        policy,
+        critic,
+        reference,
+        collector,
+        scorer,
+        parts.log,
+        save_now,
+        total_steps,
+        parts.records,
+    )
+    return trainer, progress
+
+
+def restored(learner: Any, saved: checkpoint.Checkpoint, groups: Groups) -> None:
+    """Optimizer and routers of a learner whose weights came from the checkpoint already."""
+    checkpoint.restore(saved, learner.engine, groups)
+    learner.routers.restore(*saved.state["routers"])
+
+
+def _critic_checkpoint(saved: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
+    """The critic that belongs to a policy's checkpoint.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    folder = saved.folder.parents[1] / CRITIC / saved.folder.parent.name / saved.folder.name
+    try:
+        return checkpoint.Checkpoint(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"cannot resume from {saved.folder}: its critic is not in {folder} ({error}). Take a checkpoint of a "
+            "stage=ppo run with its critic folder beside it, or run.resume=never with init_from for a fresh critic."
+        ) from error
+
+
+def described(trainer: RlTrainer) -> list[str]:
+    """Which models there are and where the generator's weights come from."""
+    weights, tp = trainer.collector.weights, trainer.collector.weights.model.place.tp.size
+    how = "reads the trained weights" if weights.shared else "has a copy of the weights, filled before every rollout"
+    copies = trainer.groups.world // tp
+    others = {
+        "critic": trainer.critic,
+        "reference": trainer.reference,
+        "reward model": trainer.collector.reward_model,
+    }
+    names = [name for name, model in others.items() if model is not None]
+    return [f"generator: {copies} x tp {tp}, {how}" + (f"; besides the policy: {', '.join(names)}" if names else "")]
+
+
+def read_prompts(cfg: RunConfig, groups: Groups, run_dir: Path) -> PromptData:
+    """The prompts behind their gate; the report goes to the run folder also when it refuses.
+
+    Raises:
+        ValueError: the gate refuses, or the tokenizer makes ids the model has no embedding for.
+    """
+    report = None
+    peers = Peers(groups.rank, groups.world, groups.all_gather)
+    try:
+        longest = cfg.rollout.max_prompt_tokens
+        found = read(cfg.data, tokenizer_folder=None, max_prompt_tokens=longest, seed=cfg.run.seed, peers=peers)
+        report = found.report
+    except GateError as refusal:
+        report = refusal.report
+        raise
+    finally:
+        if groups.is_main and report is not None:
+            (run_dir / "data_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+            report.write_bad_rows(str(run_dir / "bad_rows.jsonl"))
+    if found.max_token_id >= cfg.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer} makes ids up to "
+            f"{found.max_token_id} on these prompts, which the embedding does not hold. Take the tokenizer that "
+            f"belongs to the model, or a model with model.vocab_size={found.max_token_id + 1} or more."
+        )
+    return found
