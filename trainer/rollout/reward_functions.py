@@ -61,7 +61,7 @@ def numeric_match(text: str, prompt: Prompt, field: str = "answer", pattern: str
 def math_verify(text: str, prompt: Prompt, field: str = "answer") -> float:
     """1 where the text's mathematical answer is worth the same as that of the row's field (`math-verify`), else 0.
 
-    Understands LaTeX, fractions, sets, intervals, units; looks into \\boxed{} first.
+    Understands LaTeX, fractions, sets, intervals, units; looks into <answer>...</answer> and \\boxed{} first.
     """
     from math_verify import parse, verify
 
@@ -70,7 +70,10 @@ def math_verify(text: str, prompt: Prompt, field: str = "answer") -> float:
     wanted = [parse(_latex(each), parsing_timeout=0) for each in _wanted(prompt, field)]
     if not any(wanted):
         raise ValueError(f"math-verify finds no mathematics in the prompt's field {field}")
-    found = parse(text, parsing_timeout=0)
+    inside = answer_in(text) if "<answer>" in text else text
+    found = parse(inside, parsing_timeout=0)
+    if not found and inside is not text:  # formulas without their $ are none to it
+        found = parse(_latex(inside), parsing_timeout=0)
     return float(any(verify(each, found, timeout_seconds=0) for each in wanted if each))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from data.prompt import Prompt
@@ -50,6 +53,11 @@ def numpy_number(completion, prompt):
 def surroundings(completion, prompt):
     print("what a function prints goes to stderr")
     return float("torch" in sys.modules) + 10 * float("RANK" in os.environ)
+
+def stuck(completion, prompt):
+    import re
+    print(os.getpid(), flush=True)
+    re.match("(a+)+$", "a" * 40 + "b")
 
 def field(completion, prompt):
     return prompt.fields["answer"] * 2 + len(prompt.messages)
@@ -127,6 +135,8 @@ def judged(
         (rules.math_verify(r"thus $x = \frac{2}{4}$", prompt_of(answer="0.5")), 1),
         (rules.math_verify(r"\boxed{(x+1)^2}", prompt_of(answer="x^2+2x+1")), 1),
         (rules.math_verify("it is 3", prompt_of(answer="4")), 0),
+        (rules.math_verify("<think>5</think><answer>84</answer>", prompt_of(answer="84")), 1),
+        (rules.math_verify(r"$3$ <answer>\frac{1}{2}</answer>", prompt_of(answer="0.5")), 1),
     ],
 )  # fmt: skip
 def test_values_by_hand(value: float, expected: float) -> None:
@@ -253,3 +263,19 @@ def test_a_models_score_joins_and_nan_is_an_error() -> None:
 def test_outcomes_keep_the_order_of_their_jobs(crew: Crew, own: str) -> None:
     calls = [Job(Call.of(own + "brevity", {}), ("x" * n, prompt_of()), 5.0) for n in range(40)]
     assert [each.value for each in crew.run(calls)] == pytest.approx([1 - n / 10 for n in range(40)])
+
+
+def test_workers_end_with_the_process_that_started_them(own: str) -> None:
+    """Killed while a function hangs in C code, where no Python runs that could see the connection close."""
+    program = f"""
+from data.prompt import Prompt
+from trainer.rollout.crew import Crew, Job
+from trainer.rollout.worker import Call
+Crew(1).run([Job(Call.of({own + "stuck"!r}, {{}}), ("", None), 60.0)])
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stderr is not None
+        worker = psutil.Process(int(parent.stderr.readline()))
+        parent.kill()
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE

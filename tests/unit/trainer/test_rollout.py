@@ -238,14 +238,46 @@ def test_a_tool_answers_and_its_tokens_are_not_learnt(tokenizer: Any, render: Re
     assert len(writer.asked) == 2 and writer.asked[1][2] != writer.asked[0][2]
 
 
-def test_the_turns_of_a_template_that_keeps_them_are_those_of_one_rendering(tokenizer: Any, rollouter: Any) -> None:
-    render = template_renderer(tokenizer, TEMPLATE.replace(".split('</think>')[-1]", ""), "here")
-    made = rollouter(samples=1, task="calculator")
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|im_start|>\n\n{{ m.content | trim }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_start|>\n\n{% endif %}"
+)
+INSTRUCTIONS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "behind"),
+    [
+        (TEMPLATE.replace(".split('</think>')[-1]", ""), "tool", "\n"),
+        (HEADERS, "tool", ""),
+        (INSTRUCTIONS, "user", ""),
+    ],
+    ids=["marks", "headers", "instructions"],
+)
+def test_the_tokens_are_those_of_one_rendering_where_the_template_keeps_what_was_said(
+    template: str, role: str, behind: str, tokenizer: Any, rollouter: Any
+) -> None:
+    render = template_renderer(tokenizer, template, "here")
+    made = rollouter(samples=1, task="calculator", task_role=role)
     made.continuation.render = render
-    (found,) = made.collect([chat(tokenizer, render, "12*7?")], ByHand(tokenizer, calculating), 0)
-    said = [{"role": turn.role, "content": turn.text} for turn in found.turns]
-    whole = render([*found.prompt.messages, *said], None, False)  # type: ignore[misc]
-    assert list(found.tokens) == tokenizer.encode(whole.removesuffix("\n"))
+    made.check()
+
+    def says(text: str, sample: int, seed: int) -> str:
+        return "{}<calculator>6 * 7</calculator>" if "42" not in text else "{}it is 42"
+
+    first = render([{"role": "user", "content": "q"}, {"role": "assistant", "content": "Q"}], None, False)
+    space = " " * (" Q" in first and not render([{"role": "user", "content": "q"}], None, True).endswith(" "))
+    writer = ByHand(tokenizer, lambda *given: says(*given).format(space))
+    (found,) = made.collect([chat(tokenizer, render, "6 * 7?")], writer, 0)
+    said = [{"role": turn.role, "content": turn.text.strip()} for turn in found.turns]
+    assert [turn["content"] for turn in said] == ["<calculator>6 * 7</calculator>", "42", "it is 42"]
+    assert found.prompt.messages is not None
+    whole = render([*found.prompt.messages, *said], None, False)
+    assert list(found.tokens) == tokenizer.encode(whole.removesuffix(behind) if behind else whole)
 
 
 def test_turns_and_tokens_run_out(tokenizer: Any, render: Render, rollouter: Any, tmp_path: Path) -> None:
