@@ -10,6 +10,7 @@ from typing import Any
 
 from parallel.groups import Groups
 from parallel.schedules import formula_idle_share
+from trainer import chain
 from trainer.config import RunConfig, ignored
 from trainer.logging.log import Log, NullLog, RunLog
 
@@ -44,7 +45,10 @@ def introduce(
         accumulated = rows // (micro * groups.dp.size)
         batch = f"global batch {rows} rows = {groups.dp.size} x {micro} x {accumulated} accumulated"
     log.note(f"run folder {run_dir}")
-    for warning in ignored(cfg):
+    link = chain.link_of(cfg)
+    for stage in chain.begin(link, run_dir, fingerprint, resumed=saved is not None):
+        log.note(f"starts from {stage}")
+    for warning in (*ignored(cfg), *chain.notes(link), *(chain.changed(link, run_dir) if saved else ())):
         log.note(f"note: {warning}")
     log.note(str(report))
     log.note(contract)

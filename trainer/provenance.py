@@ -113,11 +113,12 @@ def _write_keeping(path: Path, text: str) -> None:
         number = 1
         while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
             number += 1
-        _write_atomically(kept, path.read_bytes())
-    _write_atomically(path, text.encode("utf-8"))
+        write_atomically(kept, path.read_bytes())
+    write_atomically(path, text.encode("utf-8"))
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that a crash leaves the old one or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(content)

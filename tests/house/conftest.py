@@ -54,6 +54,11 @@ MIXTRAL = {
 }
 """config.json of a toy with experts."""
 CHANNELS = ("code", "maths", "dialogue", "reference")
+WORLD_FILES = (
+    *(f"arithmetic/{name}" for name in ("cold_start", "prompts", "held_out")),
+    *(f"preferences/{name}" for name in ("spelling", "sorting", "fractions", "sums", "held_out")),
+)
+"""What scripts/prepare_arithmetic.py and prepare_preferences.py make."""
 
 
 def make_world(folder: Path) -> Path:
@@ -67,6 +72,11 @@ def make_world(folder: Path) -> Path:
     (folder / "assets" / "data").mkdir()
     for name in CHANNELS:
         (folder / "assets" / "data" / f"{name}.jsonl").write_text(row + "\n")
+    for inside in ("arithmetic/tokenizer", "preferences"):
+        (folder / "assets" / inside).mkdir(parents=True)
+    (folder / "assets" / "arithmetic" / "tokenizer" / "tokenizer.json").write_text("{}")
+    for file in WORLD_FILES:
+        (folder / "assets" / f"{file}.jsonl").write_text(row + "\n")
     (folder / "chats.jsonl").write_text(row + "\n")
     (folder / "no_weights").mkdir()
     (folder / "no_weights" / "config.json").write_text(json.dumps(SMOLLM2))
