@@ -249,9 +249,10 @@ class _LineNumbers:
         """Number in the file of line `line` (from 1) of the unit."""
         if unit.file != self._file:
             self._file, self._start, self._lines = unit.file, 0, 0
-        file = self._files[unit.file]
-        self._lines += READERS[file.kind].between(file.path, self._start, unit.start)
-        self._start = unit.start
+        if unit.start != self._start:  # asked for every sample with a note, and some readers have to open the file
+            file = self._files[unit.file]
+            self._lines += READERS[file.kind].between(file.path, self._start, unit.start)
+            self._start = unit.start
         return self._lines + line
 
 

@@ -28,6 +28,9 @@ NOTE = np.dtype(
 
 FINE, EQUAL, EMPTY = range(3)
 
+BLOCK = 4096
+"""Notes that are kept as Python objects at a time."""
+
 
 @dataclass(frozen=True)
 class Note:
@@ -44,6 +47,7 @@ class NoteWriter:
 
     def __init__(self, stem: str) -> None:
         self._stem = stem
+        self._full: list[np.ndarray] = []
         self._notes: list[tuple[int, float, int, int, int, int]] = []
         self._rows = create(f"{stem}.rows.jsonl")
         self._at = 0
@@ -57,11 +61,14 @@ class NoteWriter:
             row, self._at = self._at, self._at + len(line)
         fault = FINE if note.row is not None else _fault(documents, encoded)
         self._notes.append((len(encoded[0].tokens_L), note.value, fault, note.file, note.line, row))
+        if len(self._notes) == BLOCK:
+            self._full.append(np.array(self._notes, dtype=NOTE))
+            self._notes = []
 
     def close(self) -> list[str]:
         """Finish and flush; the names of the files."""
         with open(f"{self._stem}.notes.npy", "wb") as stream:
-            np.save(stream, np.array(self._notes, dtype=NOTE))
+            np.save(stream, np.concatenate([*self._full, np.array(self._notes, dtype=NOTE)]))
             stream.flush()
             os.fsync(stream.fileno())
         self._rows.flush()

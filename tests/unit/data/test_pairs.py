@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from data.kinds import KINDS, check_format, detect_format
 from data.rows import Ask, Chat, Completion, Judged, Pair, RowError
@@ -124,6 +126,34 @@ def test_an_implicit_prompt_is_the_one_trl_finds(row: dict[str, Any]) -> None:
             assert document.messages[document.first_target :] == theirs[side]
         else:
             assert (document.prompt, document.completion) == (theirs["prompt"], theirs[side])
+
+
+MESSAGES = st.lists(st.sampled_from([user("q"), user("r"), said("a"), said("b"), SYSTEM]), min_size=1, max_size=5)
+TEXTS = st.text("ab ", min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.tuples(MESSAGES, MESSAGES), st.tuples(TEXTS, TEXTS)))
+def test_any_implicit_prompt_is_the_one_trl_finds(both: tuple[Any, Any]) -> None:
+    from trl import extract_prompt
+
+    chosen, rejected = both
+    ends_on_space = isinstance(chosen, str) and chosen[0] != rejected[0] and chosen.endswith(" ")
+    assume(not ends_on_space)  # TRL then looks at the last character as if it stood before the first
+    theirs = extract_prompt({"chosen": chosen, "rejected": rejected})
+    try:
+        ours = KINDS["preference"].formats["preference"].parse({"chosen": chosen, "rejected": rejected})
+    except RowError:
+        assert any(not [m for m in theirs[side] if m["role"] == "assistant"] for side in ("chosen", "rejected"))
+        return
+    assert isinstance(ours, Pair)
+    for side, document in (("chosen", ours.chosen), ("rejected", ours.rejected)):
+        parts = (
+            (document.messages[: document.first_target], document.messages[document.first_target :])
+            if isinstance(document, Chat)
+            else (document.prompt, document.completion)
+        )
+        assert parts == (theirs["prompt"], theirs[side])
 
 
 BAD: list[tuple[str, str, dict[str, Any], str]] = [

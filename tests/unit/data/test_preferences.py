@@ -151,6 +151,20 @@ def test_ranks_build_the_same_pairs(write_jsonl, make, on_ranks) -> None:
         assert list(result.report.bad_rows()) == list(alone.report.bad_rows())
 
 
+def test_every_sample_knows_its_line_whatever_the_blocks(write_jsonl, make, on_ranks, monkeypatch) -> None:
+    monkeypatch.setattr("data.readers.BLOCK_BYTES", 500)
+    monkeypatch.setattr("data.notes.BLOCK", 3)
+    rows = [row for pair in PAIRS for row in (b"", pair)]
+    source = SourceConfig(write_jsonl("p.jsonl", rows))
+    for data in on_ranks(3, lambda peers: make(source, peers=peers)):
+        cache = data.caches[0]
+        assert len(cache.shards) == 3 and min(shard.samples for shard in cache.shards) > 3
+        assert cache.notes["line"].tolist() == list(range(2, 81, 2))
+        assert cache.notes["split"].tolist() == [
+            21 + len(pair["prompt"][0]["content"]) + len(pair["chosen"][0]["content"]) for pair in PAIRS
+        ]
+
+
 def test_margins_and_what_fills_up(write_jsonl, make) -> None:
     rows = [pair(0, margin=0.5), pair(1, margin=-2), pair(2)]
     data = make(SourceConfig(write_jsonl("p.jsonl", rows)), eval_fraction=0.0)
