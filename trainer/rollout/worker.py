@@ -8,6 +8,7 @@ argument, and writes an outcome for each; what functions print goes to stderr.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.rollout.functions import Value, load, split
-from trainer.rollout.reward_functions import FUNCTIONS
+from trainer.rollout.reward_functions import FUNCTIONS, PACKAGES
 from trainer.rollout.task_functions import TASKS
 from trainer.rollout.types import Answer
 
@@ -56,7 +57,11 @@ def attempt(call: Call, given: tuple[Any, ...] | None) -> Outcome:
     """Run a function, or with None only load it. Whatever it raises is an outcome."""
     try:
         function = load(call.function, KNOWN)
-        return Outcome() if given is None else Outcome(_plain(function(*given, **dict(call.arguments))))
+        if given is not None:
+            return Outcome(_plain(function(*given, **dict(call.arguments))))
+        if call.function in PACKAGES:  # takes seconds, which the first text shall not pay for
+            importlib.import_module(PACKAGES[call.function][0])
+        return Outcome()
     except (Exception, SystemExit) as error:
         own = split(call.function)[0] is not None
         return Outcome(None, told(error, call.function), traceback.format_exc() if own else "")

@@ -166,6 +166,13 @@ def test_a_gym_task_is_scored_by_its_own_verifier() -> None:
         rules.reasoning_gym("1", prompt_of(answer=1))
 
 
+def test_importing_a_verifiers_package_is_on_nobodys_time(crew: Crew) -> None:
+    entry = {"question": "2 * 3?", "answer": "6", "metadata": {"source_dataset": "products"}}
+    part = RewardFunctionConfig("reasoning_gym", timeout=1.0)
+    found, told = judged(crew, [part], ["<answer>6</answer>"] * 4, reasoning_gym=entry)
+    assert [each.reward for each in found] == [1] * 4 and not told
+
+
 def test_parts_are_weighed_and_summed(crew: Crew, own: str) -> None:
     parts = [
         RewardFunctionConfig("numeric_match", weight=2.0, channels={"code": 0.5}),
