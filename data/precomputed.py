@@ -63,7 +63,7 @@ def precomputed(
         ValueError: a number is not finite, or the folder of the caches cannot be written.
     """
     assert data.kind in ("preference", "unpaired"), "numbers of texts that are cut into pieces would have no document"
-    paths = [_path(cache, name, made_by, data.order.seq_len) for cache in data.caches]
+    paths = peers.from_first(lambda: [_path(cache, name, made_by, data.order.seq_len) for cache in data.caches])
     missing = peers.from_first(lambda: [i for i, path in enumerate(paths) if not _complete(path, data.caches[i])])
     if missing:
         index = _indices(data.caches)
