@@ -74,15 +74,15 @@ def _flops(metrics: Mapping[str, float]) -> str | None:
     return f"{tflops:.1f} TFLOP/s" if tflops >= 1 else f"{1000 * tflops:.1f} GFLOP/s"
 
 
-def _channel_losses(metrics: Mapping[str, float], prefix: str) -> list[str]:
-    """``<name> <loss>`` of every channel below ``prefix``, in the order of the metrics."""
-    losses = []
+def _of_channels(metrics: Mapping[str, float], prefix: str, what: str) -> list[str]:
+    """``<name> <loss>`` (or reward) of every channel below ``prefix``, in the order of the metrics."""
+    found = []
     for key, value in metrics.items():
-        name = key.removeprefix(prefix).removesuffix("/loss")
-        if key == f"{prefix}{name}/loss":
+        name = key.removeprefix(prefix).removesuffix(f"/{what}")
+        if key == f"{prefix}{name}/{what}":
             printable = "".join(char if char.isprintable() else "?" for char in name)
-            losses.append(f"{printable} {_loss(value)}")
-    return losses
+            found.append(f"{printable} {_loss(value)}")
+    return found
 
 
 def _fit_channels(channels: list[str], room: int) -> str:
@@ -122,9 +122,12 @@ def step_line(
 ) -> str:
     """The line of one training step, at most ``width`` columns (longer only if step and loss alone need more)."""
     head = [_head("step", step, total_steps)]
+    shown = "reward" if "rollout/reward" in metrics else "loss"
+    if shown == "reward":
+        head.append(f"reward {_loss(metrics['rollout/reward'])}")
     if "train/loss" in metrics:
         head.append(f"loss {_loss(metrics['train/loss'])}")
-    channels = _channel_losses(metrics, "channel/")
+    channels = _of_channels(metrics, "channel/", shown)
 
     def part(key: str, template: str) -> str | None:
         return template.format(metrics[key]) if key in metrics else None
@@ -143,11 +146,14 @@ def step_line(
 
 
 def eval_line(step: int, total_steps: int, metrics: Mapping[str, float], width: int = PLAIN_WIDTH) -> str:
-    """The line of one evaluation: held-out loss, perplexity and the loss of each channel."""
+    """The line of one evaluation: held-out loss and perplexity, or reward, and that of each channel."""
     head = [_head("eval", step, total_steps)]
+    shown = "reward" if "eval/reward" in metrics else "loss"
+    if shown == "reward":
+        head.append(f"reward {_loss(metrics['eval/reward'])}")
     if "eval/loss" in metrics:
         head.append(f"loss {_loss(metrics['eval/loss'])}")
     if "eval/perplexity" in metrics:
         head.append(f"ppl {metrics['eval/perplexity']:.4g}")
-    channels = _channel_losses(metrics, "eval/")
+    channels = _of_channels(metrics, "eval/", shown)
     return _assemble(head, channels, [], width)
