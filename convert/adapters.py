@@ -19,6 +19,7 @@ from models.adapters.config import AdapterConfig, BitfitConfig, Ia3Config, LoraC
 from models.adapters.names import Key, parameters
 from models.adapters.targets import Layer, layers_of
 from models.config import ModelConfig
+from models.init import InitSource
 from parallel.materialise import TensorSource
 
 CONFIGS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "ia3": Ia3Config, "bitfit": BitfitConfig}
@@ -132,23 +133,52 @@ class Merged(Tensors):
         return values
 
 
+class Fresh(Tensors):
+    """Fresh weights under Hugging Face names: the base of a run that started from none."""
+
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        self._source, rules = InitSource(model, seed), weight_rules(model)[0]
+        self._of = {hf: (ours, rule) for ours, rule in rules.items() for hf in rule.sources}
+        self._metas = {hf: Meta(torch.float32, shape) for hf, shape in hf_shapes(model).items()}
+
+    @property
+    def metas(self) -> Mapping[str, Meta]:
+        """Every tensor there is, in the order of the model."""
+        return self._metas
+
+    def rows(self, hf: str, start: int, stop: int, columns: Columns | None = None) -> torch.Tensor:
+        """Rows [start, stop) of one tensor, all columns or some."""
+        ours, rule = self._of[hf]
+        whole = rule.to_hf(self._source.tensor(ours))[hf]
+        found = whole.reshape(-1, whole.shape[-1])[start:stop] if whole.ndim > 1 else whole[start:stop]
+        return (found if columns is None else found[:, slice(*columns)]).clone()
+
+
 def merged(base: Opened, model: ModelConfig, adapter: AdapterWeights) -> Opened:
     """A base with an adapter folded in, as any other checkpoint.
 
     Raises:
         ValueError: the adapter was made for another model.
     """
-    shapes = hf_shapes(base.cfg)
+    check_shapes(adapter, hf_shapes(base.cfg), base.path)
+    return dataclasses.replace(base, cfg=model, tensors=Merged(base.tensors, model, adapter))
+
+
+def check_shapes(adapter: AdapterWeights, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """See that an adapter belongs to a model of these Hugging Face tensors.
+
+    Raises:
+        ValueError: it was made for another one; `path` says what does not fit.
+    """
     for key, tensor in adapter.tensors.items():
         found = shapes.get(f"{key.module}.weight")
         wanted = None if found is None else _shape(adapter.cfg, key, found)
         if found is None or (wanted is not None and tuple(tensor.shape) != wanted):
             has = "has no such layer" if found is None else f"has a weight of shape {list(found)} there"
             raise ValueError(
-                f"the adapter does not belong to {base.path}: {key.module} ({key.kind}, {list(tensor.shape)}), and the "
-                f"model {has}"
+                f"the adapter does not belong to the model ({path}): {key.module} ({key.kind}) has shape "
+                f"{list(tensor.shape)}, and the model {has}"
             )
-    return dataclasses.replace(base, cfg=model, tensors=Merged(base.tensors, model, adapter))
 
 
 def _shape(cfg: AdapterConfig, key: Key, weight: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -236,7 +236,11 @@ def open_loom(path: str | Path) -> Opened:
             "folders."
         )
     checkpoint = Checkpoint(found)
-    cfg = _model(checkpoint)
+    cfg = model_of(checkpoint)
+    if checkpoint.state.get("adapter") is not None:
+        from convert.adapter_runs import open_adapter_run  # which opens the base, perhaps a run as well
+
+        return open_adapter_run(checkpoint, cfg)
     rules, shapes = weight_rules(cfg)[0], whole_shapes(cfg)
     unequal = [name for name in {**shapes, **checkpoint.tensors} if not _has(checkpoint, name, shapes.get(name))]
     if unequal:
@@ -251,17 +255,21 @@ def open_loom(path: str | Path) -> Opened:
         for i, cut in enumerate(saved.cuts)
     ]  # fmt: skip
     metas = {hf: Meta(torch.float32, shape) for hf, shape in hf_shapes(cfg).items()}
-    named = checkpoint.state.get("tokenizer")
-    files = Path(named) if named and Path(named).is_dir() else None
-    template = checkpoint.state.get("chat_template")
-    return Opened(found, "loom", cfg, Pieces(metas, pieces), files, chat_template=Path(template) if template else None)
+    files, template = words_of(checkpoint)
+    return Opened(found, "loom", cfg, Pieces(metas, pieces), files, chat_template=template)
+
+
+def words_of(checkpoint: Checkpoint) -> tuple[Path | None, Path | None]:
+    """The folder of the tokenizer a run used, if it is still there, and the file of its chat template."""
+    named, template = checkpoint.state.get("tokenizer"), checkpoint.state.get("chat_template")
+    return Path(named) if named and Path(named).is_dir() else None, Path(template) if template else None
 
 
 def _has(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> bool:
     return name in checkpoint.tensors and checkpoint.tensors[name].shape == shape
 
 
-def _model(checkpoint: Checkpoint) -> ModelConfig:
+def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """The model as the run saved it beside its weights."""
     inner = {"rope": RopeConfig, "moe": MoEConfig, "mla": MLAConfig}
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import models
+from convert.loom_files import Checkpoint
 from convert.source import Source
 from models.adapters.attach import ask_for_input_gradients, attach
 from models.adapters.config import AdapterConfig
@@ -20,7 +21,7 @@ from parallel.engine import Engine
 from parallel.frozen import Frozen
 from parallel.groups import ALL_DATA, Groups
 from parallel.materialise import TensorSource
-from trainer import folders
+from trainer import adapters, folders
 from trainer.config import RunConfig
 from trainer.optim import OptimConfig, decay_groups
 
@@ -90,6 +91,17 @@ def make_chunks(
 def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     groups = decay_groups(model, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def weights_of(cfg: RunConfig, saved: Checkpoint | None) -> TensorSource:
+    """The weights to train: those of the checkpoint a run goes on from, or what it starts from; with an adapter both.
+
+    Raises:
+        ValueError: the tensors in init_from are not the model's.
+    """
+    if cfg.adapter is not None:
+        return adapters.weights(cfg, fresh_weights(cfg), saved)
+    return saved or fresh_weights(cfg)
 
 
 def fresh_weights(cfg: RunConfig) -> TensorSource:

@@ -15,9 +15,10 @@ import torch
 from data.config import DataConfig
 from data.config import problems as data_problems
 from models import problems as model_problems
+from models.adapters.config import BitfitConfig, Ia3Config, LoraConfig
 from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
-from trainer import layouts
+from trainer import adapters, layouts
 from trainer.folders import folder_problem, nearby, other_model, tokenizer_problem
 from trainer.layout_rules import Layout
 from trainer.logging.config import LogConfig
@@ -101,6 +102,8 @@ class RunConfig:
     """Length, place and seed of the run (conf/run)."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Prompts, texts and rewards of reinforcement learning (conf/rollout)."""
+    adapter: LoraConfig | Ia3Config | BitfitConfig | None = None
+    """Train a few parameters beside a model that stays as it is (conf/adapter); null trains all of it."""
     init_from: str | None = None
     """Weights to start from: a Hugging Face folder, a Megatron checkpoint of any layout, or a run of Loom; null draws
     fresh weights from run.seed."""
@@ -128,6 +131,7 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
     machine = machine or Machine.here()
     rules = (_layout, _batch, _length, _training_length, _schedule, _stage, _start, _tokenizer, _resume)
     crossing = [problem for rule in rules for problem in rule(cfg, world_size)] + _engine(cfg, machine)
+    crossing += adapters.problems(cfg)
     told = {problem.key for problem in crossing}  # a rule over several sections says more than the section alone
     return [problem for problem in own_problems(cfg) if problem.key not in told] + crossing
 
@@ -136,6 +140,8 @@ def own_problems(cfg: RunConfig) -> list[Problem]:
     """What each section says of its own values."""
     rows = [(f"model.{key}", value, reason, way) for key, value, reason, way in model_problems(cfg.model)]
     rows += data_problems(cfg.data)
+    if cfg.adapter is not None:
+        rows += [(f"adapter.{key}", value, reason, way) for key, value, reason, way in cfg.adapter.problems()]
     for section in (cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
         rows += section.problems()
     return [Problem(*row) for row in rows]
@@ -306,7 +312,7 @@ def ignored(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
             "(6 to 16 times slower than fp32 where this was measured); engine.precision=fp32 is the fast choice here",
         ),
     ]
-    return [text for applies, text in rows if applies]
+    return adapters.ignored(cfg) + [text for applies, text in rows if applies]
 
 
 def _ignored_layout(parallel: ParallelConfig) -> list[tuple[bool, str]]:

@@ -32,6 +32,7 @@ EXAMPLES = {
 LISTS = ("data.sources", "data.eval_sources", "rollout.rewards")
 PATH_KEYS = (
     "init_from",
+    "adapter.start",
     "data.tokenizer",
     "data.chat_template",
     "data.cache_dir",

@@ -32,7 +32,8 @@ def words_for_hydra(argv: Sequence[str], declared: Sequence[str] = ()) -> list[s
     """``argv`` as Hydra shall read it.
 
     Without the ``--local_rank`` that the deepspeed launcher adds (ranks come from the environment); and with ``++``
-    before each ``declared`` key, so that key=value also works where the chosen file leaves the key at its default.
+    before each ``declared`` key, so that key=value also works where the chosen file leaves the key at its default. The
+    name of a group chooses one of its files.
     """
     kept: list[str] = []
     words = iter(argv)
@@ -41,7 +42,8 @@ def words_for_hydra(argv: Sequence[str], declared: Sequence[str] = ()) -> list[s
             next(words, None)
         elif not word.startswith(("--local_rank=", "--local-rank=")):
             key, equals, _ = word.partition("=")
-            kept.append(f"++{word}" if equals and _generic(key) in declared else word)
+            is_value = equals and _generic(key) in declared and not (CONF / key).is_dir()
+            kept.append(f"++{word}" if is_value else word)
     return kept
 
 

@@ -11,6 +11,7 @@ from models.routing import RouterBook
 from parallel.engine import Engine
 from parallel.groups import Groups
 from trainer import checkpoint, folders
+from trainer.adapters import other_adapter, record
 from trainer.config import RunConfig
 from trainer.loop import Progress
 
@@ -38,6 +39,11 @@ def to_resume(cfg: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
         raise ValueError(
             f"cannot resume from {folder}: it holds another model ({'; '.join(differ)}). "
             "Take another run.name, or run.resume=never to start this run again."
+        )
+    other = other_adapter(cfg, saved.state.get("adapter"))
+    if other is not None:
+        raise ValueError(
+            f"cannot resume from {folder}: {other}. Take another run.name, or run.resume=never to start this run again."
         )
     return saved
 
@@ -82,6 +88,7 @@ def save(
         "position": progress.position,
         "world": groups.world,
         "model": plain(model),
+        "adapter": record(cfg) if model == cfg.model else None,
         "data": fingerprint,
         "tokenizer": str(Path(cfg.data.tokenizer or "").absolute()),  # read again by who starts from it elsewhere
         "chat_template": cfg.data.chat_template and str(Path(cfg.data.chat_template).absolute()),

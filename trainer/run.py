@@ -22,7 +22,7 @@ from models.routing import RouterBook
 from parallel.groups import Groups, LauncherRanks, build_groups
 from parallel.watch import watching
 from trainer import checkpoint, folders, provenance
-from trainer.build import fresh_weights, make_engine
+from trainer.build import make_engine, weights_of
 from trainer.config import RunConfig, check, format_problems
 from trainer.door import to_yaml
 from trainer.introduction import introduce, open_log
@@ -54,7 +54,7 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
 
 def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> None:
     saved = to_resume(cfg, run_dir)
-    source = saved or fresh_weights(cfg)  # before the data, which may take an hour to read
+    source = weights_of(cfg, saved)  # before the data, which may take an hour to read
     corpus = _read_data(cfg, groups, run_dir)
     total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * corpus.rows_per_epoch / cfg.data.global_batch_rows)
     progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
@@ -66,7 +66,9 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
             return
-        engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len)
+        engine = make_engine(
+            cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len, cfg.adapter
+        )
         del source
         folders.forget()  # of a large model the headers alone are large
         routers = RouterBook(engine.chunks, len(corpus.channels))

@@ -145,7 +145,7 @@ class _Reader:
             return self.value(members[0], given, key)
         if all(member in SCALARS for member in members):
             return self._any_scalar(members, given, key)
-        assert is_section(hint), f"{key}: the door reads X | None or a union of sections, not {hint}"
+        assert all(dataclasses.is_dataclass(member) for member in members), f"{key}: the door cannot read {hint}"
         by_name = {name: member for member in members for name in names_of(member)}
         name = given.get("name") if isinstance(given, Mapping) else None
         if name not in by_name:
