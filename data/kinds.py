@@ -19,6 +19,8 @@ class Kind:
 
     what: str
     """For messages to the user."""
+    stages: str
+    """Which stages learn from it, for messages."""
     formats: Mapping[str, Format]
     """In the order in which detection asks."""
 
@@ -26,10 +28,13 @@ class Kind:
 _PAIR = "chosen, rejected, with prompt or both with the same beginning"
 
 KINDS: dict[KindName, Kind] = {
-    "text": Kind("texts and conversations", FORMATS),
-    "preference": Kind("preference pairs", {"preference": Format(_PAIR, is_pair, parse_pair)}),
+    "text": Kind("texts and conversations", "stage=sft or stage=pretrain", FORMATS),
+    "preference": Kind(
+        "preference pairs", "stage=dpo or stage=reward", {"preference": Format(_PAIR, is_pair, parse_pair)}
+    ),
     "unpaired": Kind(
         "judged answers",
+        "stage=dpo stage.loss=kto",
         {
             "unpaired": Format("prompt, completion, label", is_judged, parse_judged),
             "preference": Format(_PAIR, is_pair, parse_both),
@@ -37,6 +42,7 @@ KINDS: dict[KindName, Kind] = {
     ),
     "prompts": Kind(
         "prompts",
+        "stage=grpo or stage=ppo",
         {
             "prompt": Format("prompt or question or instruction", is_ask, parse_ask),
             "messages": Format("messages: [{role, content}]", is_messages, parse_ask),
@@ -66,11 +72,10 @@ def detect_format(rows: list[Row], where: str, key: str, kind: KindName = "text"
                 return name
     fields = ", ".join(sorted({str(field) for row in rows for field in row})) or "none"
     found = _recognised(rows)
-    if found and (kind != "text" or found[0] == "preference"):
-        name, what = found
+    if found is not None and (kind != "text" or found == KINDS["preference"]):
         raise ValueError(
-            f"{key}.path={where} holds {what} (format {name}; its fields: {fields}), but this stage learns from "
-            f"{_wanted(kind)}; give it such rows, or take the stage that learns from {what}"
+            f"{key}.path={where} holds {found.what} (its fields: {fields}), but this stage learns from "
+            f"{_wanted(kind)}; give it such rows, or take {found.stages}"
         )
     raise ValueError(
         f"{key}.format=auto: cannot tell the format of {where} from its fields ({fields}); "
@@ -85,20 +90,19 @@ def check_format(name: str, key: str, kind: KindName) -> None:
         ValueError: says which formats the stage can read.
     """
     if name not in KINDS[kind].formats:
-        gives = next(each.what for each in KINDS.values() if name in each.formats)
+        gives = next(each for each in KINDS.values() if name in each.formats)
         raise ValueError(
-            f"{key}.format={name}, but this stage learns from {_wanted(kind)}; give it such rows and "
-            f"{key}.format=auto, or take the stage that learns from {gives}"
+            f"{key}.format={name} gives {gives.what}, but this stage learns from {_wanted(kind)}; give it such rows "
+            f"and {key}.format=auto, or take {gives.stages}"
         )
 
 
-def _recognised(rows: list[Row]) -> tuple[str, str] | None:
-    """(format, what it gives) of rows of some other kind, the most telling fields first."""
+def _recognised(rows: list[Row]) -> Kind | None:
+    """The kind of rows that fit another one, the most telling fields first."""
     order: tuple[KindName, ...] = ("preference", "unpaired", "text", "prompts")
     for kind in (KINDS[name] for name in order):
-        for name, form in kind.formats.items():
-            if any(form.matches(row) for row in rows):
-                return name, kind.what
+        if any(form.matches(row) for row in rows for form in kind.formats.values()):
+            return kind
     return None
 
 

@@ -231,7 +231,11 @@ def test_prompts_keep_every_other_field(form: str, row: dict[str, Any], asked: A
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ("text", {"prompt": "q", "chosen": "a", "rejected": "b"}, "f.jsonl holds preference pairs .* learns from texts"),
     ("preference", {"messages": [user("q")]}, "f.jsonl holds texts and conversations .* learns from preference pairs"),
-    ("preference", {"prompt": "q", "completion": "a", "label": True}, r"holds judged answers \(format unpaired"),
+    (
+        "preference",
+        {"prompt": "q", "completion": "a", "label": True},
+        r"holds judged answers \(its fields: completion, label, prompt\).*stage.loss=kto",
+    ),
     ("unpaired", {"messages": [user("q")]}, "holds texts and conversations .* learns from judged answers"),
     ("prompts", {"text": "words"}, "holds texts and conversations .* learns from prompts"),
     (
@@ -249,6 +253,8 @@ def test_rows_of_another_kind_are_refused_by_name(kind: Any, row: dict[str, Any]
 
 
 def test_a_format_of_another_kind_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"data.sources\[0\].format=messages, but this stage learns from preference"):
+    with pytest.raises(
+        ValueError, match=r"data.sources\[0\].format=messages gives texts and conversations, but this stage learns"
+    ):
         check_format("messages", "data.sources[0]", "preference")
     check_format("messages", "data.sources[0]", "text")

@@ -307,7 +307,7 @@ def test_kinds_are_not_mixed(write_jsonl, make) -> None:
         make(pairs, chats)
     with pytest.raises(ValueError, match=r"data.sources\[1\].path=.*p.jsonl holds preference pairs .*from texts"):
         make(chats, pairs, kind="text")
-    with pytest.raises(ValueError, match=r"data.sources\[0\].format=messages, but this stage learns from preference"):
+    with pytest.raises(ValueError, match=r"data.sources\[0\].format=messages gives texts and .*take stage=sft"):
         make(SourceConfig(chats.path, format="messages"))
 
 
