@@ -1,6 +1,5 @@
 """Training starts from any opened checkpoint: a rank reads the rows and columns that are its own, and no others."""
 
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -43,8 +42,11 @@ class Source(TensorSource):
         """
         path = self.opened.path
         fitting(path, self.cfg, {hf: meta.shape for hf, meta in self.opened.tensors.metas.items()})
-        if self._fresh is not None:
-            warnings.warn(f"{path} has no score.weight: the scalar head starts from fresh weights", stacklevel=2)
+
+    @property
+    def fresh_head(self) -> bool:
+        """Whether the scalar head starts from fresh weights, because the checkpoint has none."""
+        return self._fresh is not None
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor of our parameter or buffer `name`."""

@@ -4,10 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
-from data.batch import Document
+from data.batch import Document, MicroBatch, Row, collate, empty_micro_batch, split_ragged
+from data.documents import documents_of
+from data.packing import best_fit, group_by_row
+from data.pipeline import TrainingData
+
+
+def mismatched_batches(
+    data: TrainingData, rows: Sequence[Row] | None, rank: int, world: int, micro_batch_rows: int
+) -> list[MicroBatch]:
+    """This rank's share of the answers to other prompts within some rows, each once over all ranks; equally many
+    micro-batches on every rank.
+
+    Args:
+        data: judged answers.
+        rows: the rows of a step; None = everything that is held out.
+    """
+    pieces = data.order.pieces if rows is not None else data.held_out
+    chosen = range(len(pieces)) if rows is None else [piece for row in rows for piece in row.pieces]
+    seq_len = data.order.seq_len
+    found = mismatched(documents_of(data.caches, {}, pieces, list(chosen)), seq_len)
+    lengths = np.array([len(doc.tokens_L) for doc in found], dtype=np.int64)
+    grouped, starts = group_by_row(best_fit(lengths, seq_len))
+    members = [grouped[start:stop] for start, stop in pairwise(starts)]
+    light = [Row(tuple(part.tolist()), tuple(lengths[part].tolist())) for part in members]
+    mine = split_ragged(light, rank, world, micro_batch_rows)
+    return [
+        collate([found[number] for row in part for number in row.pieces]) if part else empty_micro_batch()
+        for part in mine
+    ]
 
 
 def mismatched(documents: Sequence[Document], seq_len: int) -> list[Document]:

@@ -53,6 +53,7 @@ from trainer.evaluation.tokens import tokenizer_folder
 from trainer.failure import told_clearly
 from trainer.inference.loading import open_text_model
 from trainer.inference.settings import device_of, settings_of
+from trainer.stages import NextTokenConfig
 
 Detail = Callable[[dict[str, Any]], None]
 """Takes a row of --details."""
@@ -159,6 +160,12 @@ def _corpora(args: argparse.Namespace, run: RunConfig | None, opened: Opened, fo
     context = opened.cfg.max_seq_len
     corpora = []
     if run is not None:
+        if not isinstance(run.stage, NextTokenConfig):
+            learnt = {"preference": "preference pairs", "unpaired": "judged answers"}[run.stage.learns_from]
+            raise ValueError(
+                f"the run in {args.run} (stage {run.stage.name}) learnt from {learnt}, of which no loss of texts can "
+                "be taken; its eval/ metrics are in its metrics.jsonl. Name texts with --data"
+            )
         corpora.append(perplexity.held_out(run.data, folder, run.stage.loss_on, run.run.seed, context))
     seq_len = args.seq_len or min(context, SEQ_LEN)
     if seq_len > context:

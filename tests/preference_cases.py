@@ -4,6 +4,7 @@ everything that must not depend on the layout."""
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,15 @@ from models import ModelConfig
 from models.init import InitSource
 from models.routing import RouterBook
 from parallel.config import EngineConfig, ParallelConfig
+from parallel.engine import Engine
+from parallel.frozen import Frozen
 from parallel.groups import ALL_DATA, Groups
-from tests.cases import NAMES, TINY, here, whole
+from tests.cases import NAMES, TINY, here, run_config, whole
 from trainer import channels
 from trainer.build import make_engine, make_frozen
 from trainer.context import local_part
 from trainer.optim import OptimConfig
-from trainer.reference import Preparation
+from trainer.preparation import Preparation
 from trainer.stages import build_stage
 from trainer.stages.dpo import DpoConfig
 from trainer.stages.reward import RewardConfig
@@ -147,3 +150,25 @@ def _held_out(
     ]
     terms = engine.evaluate(prepare(batches, None), stage.forward)
     return channels.metrics(terms, NAMES, groups.all_gather, "eval", stage.columns)
+
+
+def count_frozen(words: list[str]) -> tuple[int, int]:
+    """A run, and how many frozen models it made, and had when it took its first step."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    real, step = Frozen.__init__, Engine.train_step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(weakref.ref(self))
+        real(self, *args, **kwargs)
+
+    def first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(ref() is not None for ref in made))
+        return step(self, *args, **kwargs)
+
+    Frozen.__init__, Engine.train_step = counted, first
+    try:
+        run_config(words)
+    finally:
+        Frozen.__init__, Engine.train_step = real, step
+    return len(made), alive[0]

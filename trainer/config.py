@@ -6,6 +6,7 @@ composes them and judges how they go together. Nothing here starts a process gro
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,13 @@ from models.adapters.config import BitfitConfig, Ia3Config, LoraConfig
 from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
 from trainer import adapters, layouts
-from trainer.folders import folder_problem, nearby, other_model, tokenizer_problem
-from trainer.layout_rules import Layout
+from trainer.folders import folder_problem, model_in, nearby, other_model, tokenizer_problem
+from trainer.layout_rules import Layout, broken
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
 from trainer.problems import Problem, format_problems, nearest
 from trainer.rollout.config import RolloutConfig
-from trainer.stages import StageConfig
+from trainer.stages import DpoConfig, NextTokenConfig, RewardConfig, StageConfig
 
 __all__ = ["Machine", "Problem", "RunConfig", "RunSection", "check", "format_problems", "ignored"]
 
@@ -129,7 +130,7 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
     every rank.
     """
     machine = machine or Machine.here()
-    rules = (_layout, _batch, _length, _training_length, _schedule, _stage, _start, _tokenizer, _resume)
+    rules = (_layout, _batch, _length, _training_length, _schedule, _stage, _start, _reference, _tokenizer, _resume)
     crossing = [problem for rule in rules for problem in rule(cfg, world_size)] + _engine(cfg, machine)
     crossing += adapters.problems(cfg)
     told = {problem.key for problem in crossing}  # a rule over several sections says more than the section alone
@@ -142,7 +143,7 @@ def own_problems(cfg: RunConfig) -> list[Problem]:
     rows += data_problems(cfg.data)
     if cfg.adapter is not None:
         rows += [(f"adapter.{key}", value, reason, way) for key, value, reason, way in cfg.adapter.problems()]
-    for section in (cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
+    for section in (cfg.stage, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
         rows += section.problems()
     return [Problem(*row) for row in rows]
 
@@ -217,10 +218,40 @@ def _schedule(cfg: RunConfig, world_size: int) -> list[Problem]:
 
 
 def _stage(cfg: RunConfig, world_size: int) -> list[Problem]:
-    if cfg.stage.name == "pretrain" and cfg.stage.loss_on == "assistant":
+    stage, head, found = cfg.stage, cfg.model.head, []
+    if isinstance(stage, NextTokenConfig) and stage.name == "pretrain" and stage.loss_on == "assistant":
         reason = "pretraining reads plain text, in which no token belongs to an assistant"
-        return [Problem("stage.loss_on", "assistant", reason, "stage.loss_on=all, or stage=sft for conversations")]
-    return []
+        way = "stage.loss_on=all, or stage=sft for conversations"
+        found.append(Problem("stage.loss_on", "assistant", reason, way))
+    if (head == "scalar") != isinstance(stage, RewardConfig):
+        gives = "gives a score instead of the next token" if head == "scalar" else "gives no score"
+        other = "lm" if head == "scalar" else "scalar"
+        reason = f"stage.name={stage.name} cannot train a model that {gives}"
+        found.append(Problem("model.head", head, reason, f"model.head={other}"))
+    return found
+
+
+def _reference(cfg: RunConfig, world_size: int) -> list[Problem]:
+    stage = cfg.stage
+    if not isinstance(stage, DpoConfig) or stage.reference is None or not stage.needs_reference:
+        return []
+    wrong = folder_problem(stage.reference)
+    if wrong is not None:
+        return [dataclasses.replace(wrong, key="stage.reference")]
+    if model_in(stage.reference).head != "lm":
+        reason = "is a reward model, which has no log-probabilities"
+        return [Problem("stage.reference", stage.reference, reason, "the folder of a language model")]
+    if reference_model(cfg) is cfg.model:
+        return []
+    faults = broken(dataclasses.replace(_layout_of(cfg), model=reference_model(cfg)), world_size)
+    way = "stage.reference=null, or a model of the same sizes"
+    return [Problem("stage.reference", stage.reference, f"{key}={value} {why}", way) for key, value, why in faults]
+
+
+def reference_model(cfg: RunConfig) -> ModelConfig:
+    """The model that the policy is compared with: the run's own, unless the reference's folder holds another one."""
+    folder = cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None
+    return cfg.model if folder is None or other_model(folder, cfg.model) is None else model_in(folder)
 
 
 def _start(cfg: RunConfig, world_size: int) -> list[Problem]:
@@ -312,7 +343,8 @@ def ignored(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
             "(6 to 16 times slower than fp32 where this was measured); engine.precision=fp32 is the fast choice here",
         ),
     ]
-    return adapters.ignored(cfg) + [text for applies, text in rows if applies]
+    own = cfg.stage.ignored() if isinstance(cfg.stage, DpoConfig) else []
+    return own + adapters.ignored(cfg) + [text for applies, text in rows if applies]
 
 
 def _ignored_layout(parallel: ParallelConfig) -> list[tuple[bool, str]]:

@@ -1,92 +1,158 @@
-"""What a preference loss needs to know before a step: a reference's log-probabilities, KTO's baseline, a denominator.
+"""The reference of a run that learns from preferences: where its weights come from, and whether they stay in memory.
 
-All of it is of the global batch or of a document, so that it hangs on no layout. It is written into the facts of the
-micro-batches, where the stage reads it. Legend: N documents of a micro-batch.
+It is what the run starts from, also after a resume, or the folder that ``stage.reference`` names. Its log-probabilities
+are taken anew in every step, or once before the first and kept beside the token cache.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
 
+from convert.source import Source
 from data.batch import MicroBatch, Row
-from parallel.engine import Engine, Forward
+from data.mismatched import mismatched_batches
+from data.peers import Peers
+from data.pipeline import TrainingData
+from data.precomputed import DOCUMENT, precomputed
+from parallel.engine import Engine
+from parallel.frozen import Frozen
 from parallel.groups import Groups
-from parallel.sharding import Axis
-from trainer.losses.preference import kl_baseline
-from trainer.stages.dpo import Dpo, log_prob_sums
+from parallel.materialise import TensorSource
+from trainer import folders
+from trainer.build import WithoutAdapter, fresh_weights, make_frozen
+from trainer.config import RunConfig, reference_model
+from trainer.context import local_part
+from trainer.logging.log import Log
+from trainer.loop import on_device
+from trainer.preparation import Preparation, Scorer, reference_forward
+from trainer.stages import DpoConfig, Stage
+from trainer.stages.dpo import Dpo
 from trainer.stages.kto import Kto
 
-
-class Scorer(Protocol):
-    """A model that is asked and not trained: a frozen one, or a trained one between two steps."""
-
-    def score(self, micro_batches: Sequence[MicroBatch], forward: Forward) -> list[Any]:
-        """See ``parallel.engine.Engine.score``."""
-        ...
+AT_ONCE = 16
+"""Micro-batches scored together when all are scored once."""
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """Called with the micro-batches of a step (this rank's tokens, on the device) before the step.
+def find_reference(cfg: RunConfig, groups: Groups, data: TrainingData, log: Log) -> tuple[Scorer | None, TrainingData]:
+    """The reference, if the stage has one and asks it in every step, and the data, with its log-probabilities if it was
+    asked once. To be called by all ranks together.
 
-    ``reference`` is None for a loss that has none, or whose log-probabilities come with the data. ``others`` gives this
-    rank's share of the answers to other prompts of the rows of a step (None: of what is held out).
+    Raises:
+        ValueError: the reference's tensors are not its model's, or what it says is not finite.
     """
+    stage = cfg.stage
+    if not isinstance(stage, DpoConfig) or not stage.needs_reference:
+        return None, data
+    if _is_itself(cfg, stage) and not stage.precompute_reference:
+        log.note("reference: the model without its adapter")
+        return None, data
+    if not stage.precompute_reference:
+        log.note(f"reference: {_described(cfg)}")
+        return _frozen(cfg, groups), data
+    started, asked = time.monotonic(), 0
 
-    stage: Dpo | Kto
-    groups: Groups
-    engine: Engine
-    reference: Scorer | None
-    others: Callable[[Sequence[Row] | None], list[MicroBatch]]
+    def score(batches: Iterator[MicroBatch], total: int) -> np.ndarray:
+        nonlocal asked
+        asked = total
+        return _score_once(cfg, groups, batches, total)
 
-    def __call__(self, batches: list[MicroBatch], rows: Sequence[Row] | None) -> list[MicroBatch]:
-        """The micro-batches with ``reference``, ``baseline`` and ``sft_scale`` among their facts, as far as the loss
-        reads them and this rank computes it."""
-        if self.reference is not None:
-            batches = with_reference(batches, self.reference, self.groups.cp)
-        if isinstance(self.stage, Kto):
-            baseline = self._baseline(rows)
-            batches = [_with_fact(batch, "baseline", baseline) for batch in batches]
-        if self.stage.cfg.weight_of_sft:
-            sums = [self.stage.count(batches), self.stage.sft_tokens(batches)]
-            count, tokens = self.groups.sum(sums)
-            batches = [_with_fact(batch, "sft_scale", count / max(tokens, 1.0)) for batch in batches]
-        return batches
-
-    def _baseline(self, rows: Sequence[Row] | None) -> float:
-        """KTO's reference point: the mean log-ratio of answers to other prompts over the whole global batch."""
-        assert self.reference is not None
-        others, forward = self.others(rows), _sums(self.groups.cp)
-        ours, theirs = self.engine.score(others, forward), self.reference.score(others, forward)
-        ratio = sum(float((a_N - b_N).sum()) for a_N, b_N in zip(ours, theirs, strict=True))
-        count = sum(float((batch.targets_N > 0).sum()) for batch in others)
-        ratio, count = self.groups.sum([ratio, count])  # cp ranks have the same, which cancels
-        return kl_baseline(ratio, max(count, 1.0))
-
-
-def with_reference(batches: list[MicroBatch], reference: Scorer, cp: Axis) -> list[MicroBatch]:
-    """The micro-batches with the reference's log-probability of each document, on ranks that have the head."""
-    scores = reference.score(batches, _sums(cp))
-    if not scores:
-        return batches
-    return [_with_fact(batch, "reference", sums_N) for batch, sums_N in zip(batches, scores, strict=True)]
+    data = precomputed(
+        data,
+        "reference",
+        _made_by(cfg),
+        score,
+        rank=groups.dp.rank,
+        world=groups.dp.size,
+        micro_batch_rows=cfg.data.micro_batch_rows,
+        peers=Peers(groups.rank, groups.world, groups.all_gather),
+    )
+    how = f"computed in {time.monotonic() - started:.1f} s and kept" if asked else "found"
+    log.note(f"reference: {_described(cfg)}; its log-probabilities were {how} beside the token cache")
+    return None, data
 
 
-def _sums(cp: Axis) -> Forward:
-    def forward(model: nn.Module, batch: MicroBatch, weight: float) -> tuple[None, torch.Tensor]:
-        return None, log_prob_sums(model, batch, cp).detach().double()
+def preparation(
+    cfg: RunConfig, groups: Groups, stage: Stage, engine: Engine, reference: Scorer | None, data: TrainingData
+) -> Callable[[list[MicroBatch], Sequence[Row] | None], list[MicroBatch]]:
+    """What adds to the micro-batches of a step what the stage reads of them; nothing for most stages."""
 
-    return forward
+    def others(rows: Sequence[Row] | None) -> list[MicroBatch]:
+        found = mismatched_batches(data, rows, groups.dp.rank, groups.dp.size, cfg.data.micro_batch_rows)
+        return [_here(batch, cfg, groups) for batch in found]
+
+    if isinstance(stage, Dpo | Kto):
+        asked = isinstance(cfg.stage, DpoConfig) and cfg.stage.needs_reference and not cfg.stage.precompute_reference
+        if asked and reference is None:
+            reference = WithoutAdapter(engine)
+        return Preparation(stage, groups, engine, reference, others)
+    return lambda batches, rows: batches
 
 
-def _with_fact(batch: MicroBatch, name: str, value: torch.Tensor | float) -> MicroBatch:
-    value_N = value
-    if not isinstance(value_N, torch.Tensor):
-        value_N = torch.full_like(batch.targets_N, value_N, dtype=torch.float64)  # pyright: ignore
-    return dataclasses.replace(batch, doc_facts={**batch.doc_facts, name: value_N})
+def _is_itself(cfg: RunConfig, stage: DpoConfig) -> bool:
+    """Whether the reference is the model that is trained, without its adapter."""
+    return stage.reference is None and cfg.adapter is not None and cfg.adapter.can_be_off
+
+
+def _frozen(cfg: RunConfig, groups: Groups) -> Frozen:
+    source = _source(cfg)
+    made = make_frozen(
+        reference_model(cfg), cfg.engine, groups, source, cfg.parallel, cfg.data.seq_len, cfg.engine.offload_optimizer
+    )
+    folders.forget()
+    return made
+
+
+def _source(cfg: RunConfig) -> TensorSource:
+    """The weights at the start of the run, whatever it was resumed from, or those that were named."""
+    folder = cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None
+    if folder is None:
+        return fresh_weights(cfg)
+    source = Source(folders.opened(folder), reference_model(cfg), cfg.run.seed)
+    source.check()
+    return source
+
+
+def _described(cfg: RunConfig) -> str:
+    folder = cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None
+    return folder or (f"what the run starts from, {cfg.init_from}" if cfg.init_from else "the run's own fresh weights")
+
+
+def _made_by(cfg: RunConfig) -> str:
+    """All that decides the reference's log-probabilities beside the tokens; files are told by their sizes and times."""
+    folder = (cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None) or cfg.init_from
+    weights: object = ("seed", cfg.run.seed)
+    if folder is not None:
+        root = Path(folders.opened(folder).path)
+        files = sorted(file for file in (root.rglob("*") if root.is_dir() else [root]) if file.is_file())
+        stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        weights = hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
+    return repr((weights, reference_model(cfg), cfg.engine.precision))
+
+
+def _score_once(cfg: RunConfig, groups: Groups, batches: Iterator[MicroBatch], total: int) -> np.ndarray:
+    """The reference's log-probability of every document, float64 [total], the same on every rank; the reference is in
+    memory until then only."""
+    reference, forward = _frozen(cfg, groups), reference_forward(groups.cp)
+    sums = torch.zeros(total, dtype=torch.float64, device=groups.device)
+    while window := [_here(batch, cfg, groups) for batch in islice(batches, AT_ONCE)]:
+        found = reference.score(window, forward)
+        if groups.tp.rank or groups.cp.rank:
+            continue  # they have the same numbers
+        for batch, sums_N in zip(window, found, strict=False):  # nothing from ranks without the head
+            number_N = batch.doc_facts[DOCUMENT].long()
+            sums[number_N[number_N >= 0]] = sums_N[number_N >= 0]
+    if groups.world > 1:
+        dist.all_reduce(sums)
+    return sums.cpu().numpy()
+
+
+def _here(batch: MicroBatch, cfg: RunConfig, groups: Groups) -> MicroBatch:
+    return on_device(local_part(batch, groups.cp, cfg.parallel.context), groups.device)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import data.pipeline
+from convert.source import Source
 from data.batch import MicroBatch
 from data.gate import GateError
 from data.peers import Peers
@@ -27,9 +28,10 @@ from trainer.config import RunConfig, check, format_problems
 from trainer.door import to_yaml
 from trainer.introduction import introduce, open_log
 from trainer.loop import Progress, Trainer
+from trainer.reference import find_reference, preparation
 from trainer.resuming import save, to_resume
 from trainer.run_folder import run_folder
-from trainer.stages import build_stage
+from trainer.stages import NextTokenConfig, build_stage
 
 
 def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
@@ -66,6 +68,9 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
         if progress.step >= total_steps:
             log.close(f"nothing to do: step {progress.step} of {total_steps} is done. Raise run.steps to go on.")
             return
+        if isinstance(source, Source) and source.fresh_head:
+            log.note(f"note: the scalar head starts from fresh weights; {cfg.init_from} has none")
+        reference, corpus = find_reference(cfg, groups, corpus, log)
         engine = make_engine(
             cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len, cfg.adapter
         )
@@ -91,6 +96,7 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
             flops=functools.partial(_flops, cfg.model),
             save=save_now,
             total_steps=total_steps,
+            prepare=preparation(cfg, groups, stage, engine, reference, corpus),
         )
         log.note(f"ready after {time.monotonic() - started:.1f} s; training from step {progress.step} to {total_steps}")
         trainer.run(progress)
@@ -126,7 +132,8 @@ def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
         corpus = data.pipeline.build(
             cfg.data,
             tokenizer_folder=None,
-            loss_on=cfg.stage.loss_on,
+            loss_on=cfg.stage.loss_on if isinstance(cfg.stage, NextTokenConfig) else "assistant",
+            kind=cfg.stage.learns_from,
             seed=cfg.run.seed,
             peers=Peers(groups.rank, groups.world, groups.all_gather),
             max_seq_len=cfg.model.max_seq_len,

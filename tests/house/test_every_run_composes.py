@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def keys_of(tree: Any, prefix: str = "") -> set[str]:
 
 
 def section(group: str, option: str) -> dict[str, Any]:
+    tree = whole(group, option)
+    return tree if group not in tree or group == "run" else tree[group]
+
+
+def whole(group: str, option: str) -> dict[str, Any]:
+    """What a file says; one that sets another section too (a reward model its head) has sections."""
     tree = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
@@ -57,7 +64,8 @@ def test_model_goes_with_every_stage_and_engine(model: str, composed: Compose, w
     for stage in options("stage"):
         for engine in options("engine"):
             parts = {"stage": section("stage", stage), "engine": section("engine", engine)}
-            cfg = load(DictConfig({**base, **parts}))
+            also = whole("stage", stage).get("model", {})
+            cfg = load(DictConfig({**base, **parts, "model": {**base.model, **also}}))
             assert cfg.stage.name == stage
             assert cfg.engine.zero == int(engine.removeprefix("zero"))
             problems = check(cfg, world_size=2)
@@ -111,9 +119,13 @@ def test_conf_has_no_key_that_the_dataclasses_lack() -> None:
 
 
 def test_every_key_can_be_set_without_a_plus() -> None:
-    """The first option of each group spells every key of its section, so that key=value works for all of them."""
+    """The first option of each group spells every key of its section, so that key=value works for all of them; of
+    stages each option those of its own."""
+    for stage in typed.inner_sections(typing.get_type_hints(RunConfig)["stage"])[0]:
+        for option in typed.names_of(stage):
+            missing = {field.name for field in dataclasses.fields(stage)} - section("stage", option).keys()
+            assert not missing, f"conf/stage/{option}.yaml leaves out {sorted(missing)}"
     chosen = {
-        "stage": "sft",
         "data": "default",
         "parallel": "single",
         "engine": "zero1",
@@ -131,7 +143,12 @@ def test_every_key_can_be_set_without_a_plus() -> None:
 def test_yaml_and_dataclass_agree_on_defaults(composed: Compose) -> None:
     """A setting counts as given when it differs from the dataclass default, so the two may not drift apart."""
     cfg = load(composed("data.sources=[{path: chats.jsonl}]"))
-    for part in (cfg.data, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
+    stages = [
+        load(composed("data.sources=[{path: chats.jsonl}]", f"stage={option}")).stage
+        for option in options("stage")
+        if option != "pretrain"
+    ]
+    for part in (*stages, cfg.data, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
         for field in dataclasses.fields(part):
             if field.default is not dataclasses.MISSING:
                 assert getattr(part, field.name) == field.default, f"{type(part).__name__}.{field.name}"

@@ -9,13 +9,13 @@ from trainer.stages.kto import Kto
 from trainer.stages.next_token import NextToken, NextTokenConfig
 from trainer.stages.reward import Reward, RewardConfig
 
-__all__ = ["Stage", "StageConfig", "build_stage"]
+__all__ = ["DpoConfig", "NextTokenConfig", "RewardConfig", "Stage", "StageConfig", "build_stage"]
 
-StageConfig = NextTokenConfig
+StageConfig = NextTokenConfig | RewardConfig | DpoConfig
 """The stage section: one of these, by its name."""
 
 
-def build_stage(cfg: StageConfig | RewardConfig | DpoConfig, num_channels: int, cp: Axis = ALONE) -> Stage:
+def build_stage(cfg: StageConfig, num_channels: int, cp: Axis = ALONE) -> Stage:
     """The stage that ``stage.name`` asks for.
 
     Args:

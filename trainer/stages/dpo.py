@@ -120,7 +120,7 @@ class Dpo:
     """A loss of pairs of log-probabilities.
 
     Micro-batches come with `doc_facts["reference"]`, where the loss has a reference, and `doc_facts["sft_scale"]`
-    (pairs / chosen tokens of the global batch), where it has a next-token term; see ``trainer.reference``.
+    (pairs / chosen tokens of the global batch), where it has a next-token term; see ``trainer.preparation``.
 
     Args:
         cfg: the stage section.

@@ -19,7 +19,7 @@ class Kto:
 
     Micro-batches come with `doc_facts`: `label` (1 desirable, 0 not), `reference`, `baseline` (the same everywhere)
     and, with a next-token term, `sft_scale` (answers / desirable tokens of the global batch); see
-    ``trainer.reference``. Arguments as of ``Dpo``.
+    ``trainer.preparation``. Arguments as of ``Dpo``.
     """
 
     columns = (

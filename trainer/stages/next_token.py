@@ -25,6 +25,15 @@ class NextTokenConfig:
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that carry loss: only the assistant's (chat) or completion's, or every token."""
 
+    @property
+    def learns_from(self) -> Literal["text"]:
+        """The kind of data."""
+        return "text"
+
+    def problems(self) -> list[tuple[str, object, str, str]]:
+        """Nothing can be wrong in itself."""
+        return []
+
 
 class NextToken:
     """Cross-entropy of the next token, summed over supervised tokens.

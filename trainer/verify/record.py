@@ -28,7 +28,7 @@ from trainer.build import make_engine
 from trainer.config import RunConfig
 from trainer.logging.log import NullLog
 from trainer.loop import Progress, Trainer
-from trainer.stages import build_stage
+from trainer.stages import NextTokenConfig, build_stage
 from trainer.verify.rows import MadeUpRows
 
 
@@ -93,6 +93,7 @@ def record(cfg: RunConfig, groups: Groups) -> Record:
     found.start = _ranges(engine, "master")
     watch = _Watch(engine.chunks, groups, groups.place(cfg.parallel), found)
     log = _Numbers(found)
+    assert isinstance(cfg.stage, NextTokenConfig)
     made_up: Any = MadeUpRows(cfg.data, cfg.model.vocab_size, cfg.stage.loss_on == "all")
     trainer = Trainer(
         cfg=cfg,

@@ -12,6 +12,7 @@ from parallel.config import ParallelConfig
 from parallel.context import context_problems
 from parallel.schedules import next_micro_batches
 from trainer.config import RunConfig
+from trainer.stages import NextTokenConfig
 
 STEPS = 3
 MOST_PROCESSES, CHEAP_PROCESSES = 8, 4
@@ -86,6 +87,7 @@ def shrunk(cfg: RunConfig, world: int) -> Small:
     small = dataclasses.replace(
         cfg,
         model=model,
+        stage=cfg.stage if isinstance(cfg.stage, NextTokenConfig) else NextTokenConfig(),
         parallel=parallel,
         engine=dataclasses.replace(cfg.engine, precision="fp32", attention=attention, loss_chunk=LOSS_CHUNK),
         data=dataclasses.replace(
@@ -127,6 +129,7 @@ def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, s
     )
     return dataclasses.replace(
         model,
+        head="lm",
         vocab_size=min(model.vocab_size, VOCABULARY // tp * tp + model.vocab_size % tp),
         hidden_size=hidden,
         intermediate_size=feed_forward,
@@ -242,6 +245,8 @@ NAMES = {
 
 
 def _changes(cfg: RunConfig, small: RunConfig) -> Iterator[str]:
+    if small.stage != cfg.stage:
+        yield f"stage {cfg.stage.name} -> next-token training, which has the same layout"
     for key, word in NAMES.items():
         old, new = _value(cfg.model, key), _value(small.model, key)
         if old != new:

@@ -159,8 +159,8 @@ def test_scalar_head_on_a_language_model_starts_fresh(tmp_path: Path) -> None:
     folder = write(tmp_path / "hf", CFG)
     cfg = dataclasses.replace(CFG, head="scalar")
     source = Source(open_hf(folder), cfg, seed=7)
-    with pytest.warns(UserWarning, match="scalar head starts from fresh weights"):
-        source.check()
+    source.check()
+    assert source.fresh_head
     assert torch.equal(source.tensor("head.weight"), InitSource(cfg, 7).tensor("head.weight"))
     assert torch.equal(source.tensor("norm.weight"), torch.ones(16))
 

@@ -22,7 +22,7 @@ from trainer.config import RunConfig, RunSection
 from trainer.logging.config import LogConfig
 from trainer.loop import Progress, Trainer, on_device
 from trainer.optim import OptimConfig
-from trainer.stages import StageConfig
+from trainer.stages import NextTokenConfig
 from trainer.stages.next_token import NextToken
 
 
@@ -124,7 +124,7 @@ def world(total: int, held_out: int = 0, precision: Any = "fp32", every: int = 1
     data_cfg = DataConfig(sources=(SourceConfig("x"),), seq_len=64, micro_batch_rows=2, global_batch_rows=8)
     cfg = RunConfig(
         model=cases.TINY,
-        stage=StageConfig(),
+        stage=NextTokenConfig(),
         data=data_cfg,
         parallel=ParallelConfig(),
         engine=EngineConfig(precision=precision),
