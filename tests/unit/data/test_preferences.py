@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.batch import MicroBatch
 from data.config import DataConfig, SourceConfig
@@ -30,17 +32,23 @@ def pair(number: int, **more: Any) -> dict[str, Any]:
     return {"prompt": [user(f"question {number}?")], "chosen": chosen, "rejected": rejected, **more}
 
 
+SIDES = ("chosen", "rejected")
 PAIRS = [pair(number) for number in range(40)]
 
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer_folder: str):
     def make_data(
-        *sources: SourceConfig, kind: Any = "preference", loss_on: str = "all", peers: Any = None, **changes: Any
+        *sources: SourceConfig,
+        kind: Any = "preference",
+        loss_on: str = "all",
+        seed: int = 0,
+        peers: Any = None,
+        **changes: Any,
     ) -> TrainingData:
-        settings = {"seq_len": 192, "micro_batch_rows": 1, "global_batch_rows": 4, "cache_dir": f"{tmp_path}/cache"}
-        cfg = DataConfig(sources=sources, **{**settings, **changes})
-        run: dict[str, Any] = {"tokenizer_folder": tokenizer_folder, "seed": 0, "max_seq_len": 4096}
+        section = {"seq_len": 192, "micro_batch_rows": 1, "global_batch_rows": 4, "cache_dir": f"{tmp_path}/cache"}
+        cfg = DataConfig(sources=sources, **{**section, **changes})
+        run: dict[str, Any] = {"tokenizer_folder": tokenizer_folder, "seed": seed, "max_seq_len": 4096}
         return build(cfg, loss_on=loss_on, peers=peers or Peers.alone(), kind=kind, **run)
 
     return make_data
@@ -134,6 +142,49 @@ def test_layouts_keep_pairs_together_and_see_the_same_batch(write_jsonl, make) -
     for world, micro in ((1, 1), (2, 3), (3, 8), (4, 2), (24, 1)):
         parts = [batch for rank in range(world) for batch in data.micro_batches(rows, rank, world, micro)]
         assert sorted((c[:2], r[:2]) for batch in parts for c, r in pairs_of(batch)) == whole
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seq_len=st.integers(80, 200),
+    packing=st.sampled_from(["best_fit", "none"]),
+    world=st.integers(1, 4),
+    micro=st.integers(1, 3),
+    fraction=st.sampled_from([0.0, 0.3]),
+)
+def test_any_row_length_and_layout_keeps_what_fits_once_and_whole(
+    write_jsonl, make, seq_len: int, packing: str, world: int, micro: int, fraction: float
+) -> None:
+    data = make(
+        SourceConfig(write_jsonl("p.jsonl", PAIRS)),
+        seq_len=seq_len,
+        packing=packing,
+        eval_fraction=fraction,
+        seed=seq_len,
+    )
+    lengths = [
+        sum(21 + len(row["prompt"][0]["content"]) + len(row[side][0]["content"]) for side in SIDES) for row in PAIRS
+    ]
+    fitting = sorted(length for length in lengths if length <= seq_len)
+    rows = data.global_batch(0, data.rows_per_epoch)
+    assert all(row.num_tokens <= seq_len for row in rows)
+    rows += data.global_batch(0, -len(rows) % (world * micro))
+    train = [b for rank in range(world) for b in data.micro_batches(rows, rank, world, micro)]
+    held = [b for rank in range(world) for b in data.eval_batches(rank, world, micro)]
+    found = {(c[0], r[0]) for batch in (*train, *held) if batch.doc_facts["side"][0] >= 0 for c, r in pairs_of(batch)}
+    assert sorted(len(chosen) + len(rejected) for chosen, rejected in found) == fitting
+    assert data.report.channels[0].too_long_pairs == len(PAIRS) - len(fitting)
+
+
+@pytest.mark.parametrize("name", ["notes.npy", "tokens", "learn", "samples.npy"])
+def test_a_damaged_cache_is_built_again(write_jsonl, make, name: str) -> None:
+    source = SourceConfig(write_jsonl("p.jsonl", PAIRS))
+    data = make(source)
+    whole = sorted(doc[:2] for batch in everything(data) for doc in documents(batch))
+    file = Path(data.caches[0].folder, f"0000.{name}")
+    file.write_bytes(file.read_bytes()[:-9])
+    again = make(source)
+    assert sorted(doc[:2] for batch in everything(again) for doc in documents(batch)) == whole
 
 
 def test_ranks_build_the_same_pairs(write_jsonl, make, on_ranks) -> None:
