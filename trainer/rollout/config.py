@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from models.generation import SamplingConfig
@@ -150,6 +152,35 @@ class RolloutConfig:
             found[REWARD_MODEL] = 1.0
         return found
 
+    def check_channels(self, channels: Sequence[str]) -> None:
+        """Whether the channels that rewards name are there; known when the data are.
+
+        Raises:
+            ValueError: one is not.
+        """
+        for index, reward in enumerate(self.rewards):
+            for key, named in (("only", reward.only), ("channels", reward.channels)):
+                for name in named:
+                    if name not in channels:
+                        close = difflib.get_close_matches(name, channels, 1)
+                        way = f"did you mean {close[0]}?" if close else f"there are {', '.join(channels)}"
+                        raise ValueError(f"rollout.rewards[{index}].{key}: the prompts have no channel {name}; {way}")
+
+    def ignored(self, stage: str, used: bool) -> list[str]:
+        """Settings that were given but change nothing, one sentence each; `used` says whether the stage makes
+        rollouts."""
+        usual = RolloutConfig()
+        given = [each.name for each in fields(self) if getattr(self, each.name) != getattr(usual, each.name)]
+        if not used:
+            return [f"rollout.{name} is ignored: stage.name={stage} writes no texts" for name in given]
+        of_task = ("task_arguments", "task_role", "task_timeout", "max_turns")
+        found = [f"rollout.{name} is ignored: rollout.task=null" for name in of_task if name in given and not self.task]
+        if "url" in given and self.backend != "vllm":
+            found.append(f"rollout.url is ignored: rollout.backend={self.backend}")
+        if "save_tokens" in given and not self.save:
+            found.append("rollout.save_tokens is ignored: rollout.save=false")
+        return found
+
     def problems(self) -> list[Problem]:
         """Values wrong in themselves, as (key, value, reason, way out)."""
         found = [*_numbers(self), *_sampling_problems(self)]
@@ -163,6 +194,10 @@ class RolloutConfig:
             )
         if self.task is not None and (wrong := problem(self.task, TASKS, self.task_arguments, 2)):
             found.append(("rollout.task", self.task, *wrong))
+        nothing = not any(weight for reward in self.rewards for weight in (reward.weight, *reward.channels.values()))
+        if self.rewards and nothing and (self.reward_model is None or REWARD_MODEL in parts):
+            reason = "every part of the reward has weight 0: all texts are worth the same"
+            found.append(("rollout.rewards", parts, reason, "a weight above 0 for one of them"))
         if self.backend == "vllm" and self.url is None:
             reason = "rollout.backend=vllm needs the address of a server"
             found.append(("rollout.url", None, reason, "rollout.url=http://localhost:8000"))

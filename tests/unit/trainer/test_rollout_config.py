@@ -120,6 +120,38 @@ def test_weights_by_channel() -> None:
     assert own.weights("chat") == {"reward_model": 1.5} and own.weights("code") == {"reward_model": 3.0}
 
 
+def test_weights_that_are_all_zero_are_refused() -> None:
+    measured = RewardFunctionConfig("format", weight=0.0)
+    assert "every part of the reward has weight 0" in told(rewards=(measured,))["rollout.rewards"]
+    assert told(rewards=(measured, RewardFunctionConfig("contains"))) == {}
+    assert told(rewards=(replace(measured, channels={"chat": 0.5}),)) == {}
+    assert told(rewards=(measured,), reward_model="folder") == {}
+    both = (measured, RewardFunctionConfig("reward_model", weight=0.0))
+    assert "rollout.rewards" in told(rewards=both, reward_model="folder")
+
+
+@pytest.mark.parametrize(("field", "value"), [("only", ("math",)), ("channels", {"math": 1.0})])
+def test_channels_that_rewards_name_are_those_of_the_prompts(field: str, value: object) -> None:
+    cfg = RolloutConfig(rewards=(RewardFunctionConfig("format", **{field: value}),))  # type: ignore[arg-type]
+    cfg.check_channels(("math", "code"))
+    with pytest.raises(ValueError, match=rf"rollout.rewards\[0\].{field}: .* no channel math; did you mean maths\?"):
+        cfg.check_channels(("maths", "code"))
+    with pytest.raises(ValueError, match="there are code, chat"):
+        cfg.check_channels(("code", "chat"))
+
+
+def test_settings_without_effect_are_told() -> None:
+    assert RolloutConfig().ignored("grpo", used=True) == RolloutConfig().ignored("sft", used=False) == []
+    cfg = RolloutConfig(samples=4, max_turns=2, url="http://a", save=False, save_tokens=True)
+    assert cfg.ignored("grpo", used=True) == [
+        "rollout.max_turns is ignored: rollout.task=null",
+        "rollout.url is ignored: rollout.backend=loom",
+        "rollout.save_tokens is ignored: rollout.save=false",
+    ]
+    assert replace(cfg, task="calculator", backend="vllm", save=True).ignored("grpo", used=True) == []
+    assert cfg.ignored("sft", used=False)[0] == "rollout.samples is ignored: stage.name=sft writes no texts"
+
+
 def test_evaluation_has_its_own_temperature() -> None:
     cfg = RolloutConfig(temperature=0.7, top_p=0.9, max_new_tokens=5)
     assert (cfg.sampling().temperature, cfg.sampling().top_p, cfg.sampling().log_probs) == (0.7, 0.9, True)
