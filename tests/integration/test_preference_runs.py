@@ -202,7 +202,7 @@ def sft_rows(runs: Runs) -> str:
         ("dpo", {"stage__reference": "nowhere"}, "there is no such folder"),
         ("reward", {"stage__centring": -1}, "cannot be negative"),
         ("reward", {"data__sources": "[{path: JUDGED}]"}, "this stage learns from preference pairs"),
-        ("sft", {}, "stage that learns from preference pairs"),
+        ("sft", {}, "take stage=dpo or stage=reward"),
     ],
 )
 def test_refusals(runs: Runs, stage: str, more: dict[str, Any], said: str) -> None:
