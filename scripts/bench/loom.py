@@ -23,7 +23,7 @@ class Counter(Protocol):
         ...
 
 
-def overrides(data: Path, run_dir: str, schedule: Schedule) -> list[str]:
+def overrides(data: Path, run_dir: str, schedule: Schedule, learning_rate: float = workload.LEARNING_RATE) -> list[str]:
     """What every Loom contender sets: the benchmark's model, optimizer and a run folder that is thrown away.
 
     The optimizer's numbers are the peers'; logging stays on as a user has it, wandb alone is off, as it is for them.
@@ -32,7 +32,7 @@ def overrides(data: Path, run_dir: str, schedule: Schedule) -> list[str]:
         "model=bench_256",
         f"data.tokenizer={data / 'tokenizer'}",
         f"data.cache_dir={data / 'cache'}",
-        f"optim.lr={workload.LEARNING_RATE}",
+        f"optim.lr={learning_rate}",
         f"optim.betas=[{workload.BETAS[0]},{workload.BETAS[1]}]",
         f"optim.weight_decay={workload.WEIGHT_DECAY}",
         f"optim.clip={workload.CLIP}",

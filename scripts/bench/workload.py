@@ -58,7 +58,7 @@ class Load:
 
 def pretrain_rows(rows: int, seed: int = 0, seq_len: int = SEQ_LEN) -> np.ndarray:
     """Documents that each fill one row, the end-of-text token included. int64 [rows, seq_len]."""
-    words = _words(np.random.default_rng(seed), rows * (seq_len - 1)).reshape(rows, seq_len - 1)
+    words = zipf_words(np.random.default_rng(seed), rows * (seq_len - 1)).reshape(rows, seq_len - 1)
     return np.concatenate([words, np.full((rows, 1), EOS)], axis=1)
 
 
@@ -68,7 +68,7 @@ def sft_samples(samples: int, seed: int = 0) -> list[tuple[list[int], list[int]]
     lengths = np.exp(rng.normal(np.log(SFT_MEDIAN), SFT_SIGMA, samples)).astype(int).clip(6, SFT_LONGEST)
     pairs = []
     for length in lengths:
-        ids = _words(rng, length - 1).tolist()
+        ids = zipf_words(rng, length - 1).tolist()
         cut = length // 3
         pairs.append((ids[:cut], [*ids[cut:], EOS]))
     return pairs
@@ -80,10 +80,10 @@ def write(folder: Path, rows: int, samples: int, seq_len: int = SEQ_LEN) -> None
     _write_tokenizer(folder / "tokenizer")
     ids = pretrain_rows(rows, seq_len=seq_len)
     np.save(folder / "pretrain.npy", ids)
-    _write_lines(folder / "pretrain.jsonl", ({"text": _text(row[:-1])} for row in ids.tolist()))
+    write_lines(folder / "pretrain.jsonl", ({"text": as_text(row[:-1])} for row in ids.tolist()))
     pairs = sft_samples(samples)
-    _write_lines(folder / "sft_ids.jsonl", ({"prompt": p, "completion": c} for p, c in pairs))
-    _write_lines(folder / "sft.jsonl", ({"prompt": _text(p), "completion": " " + _text(c[:-1])} for p, c in pairs))
+    write_lines(folder / "sft_ids.jsonl", ({"prompt": p, "completion": c} for p, c in pairs))
+    write_lines(folder / "sft.jsonl", ({"prompt": as_text(p), "completion": " " + as_text(c[:-1])} for p, c in pairs))
 
 
 def read_sft_ids(folder: Path) -> list[dict[str, list[int]]]:
@@ -113,17 +113,20 @@ def llama_config(**changes: Any) -> Any:
     return LlamaConfig(**sizes | changes)
 
 
-def _words(rng: np.random.Generator, count: int) -> np.ndarray:
+def zipf_words(rng: np.random.Generator, count: int) -> np.ndarray:
+    """So many ids of words, the frequent ones first. int64 [count]."""
     num_words = VOCABULARY - FIRST_WORD
     weight = 1.0 / np.arange(1, num_words + 1)
     return rng.choice(num_words, size=count, p=weight / weight.sum()).astype(np.int64) + FIRST_WORD
 
 
-def _text(ids: list[int]) -> str:
+def as_text(ids: list[int]) -> str:
+    """What the tokenizer turns back into these ids."""
     return " ".join(f"w{i}" for i in ids)
 
 
-def _write_lines(path: Path, rows: Any) -> None:
+def write_lines(path: Path, rows: Any) -> None:
+    """One JSON line a row."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -31,9 +31,11 @@ class TellUsefulTokens(TellTurns):
         super().__init__(turns, tokens=0)
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Add up the useful tokens of every forward pass of ``model``."""
+        """Add up the useful tokens of every forward pass of ``model`` that is learnt from."""
 
         def count(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if not torch.is_grad_enabled():  # it writes texts, or scores them
+                return
             mask = kwargs.get("attention_mask")
             self.tokens += int(mask.sum()) if mask is not None else kwargs["input_ids"].numel()
 
