@@ -185,7 +185,7 @@ KEPT = ("family", "qkv_bias", "qk_norm", "tied_embeddings", "mlp_bias", "attenti
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_shrinks_to_a_legal_one(model: str) -> None:
     """Small, of the same family, with the same options and the same way to be cut; legal where the asked one is."""
-    asked, _ = verify.load(f"model={model} data.seq_len=256 stage=pretrain engine.precision=bf16".split(), None)
+    asked, _ = verify.load(f"model={model} data.seq_len=128 stage=pretrain engine.precision=bf16".split(), None)
     before, shrank = asked.model, 0
     for layout in LAYOUTS:
         world = processes_for(layout)
