@@ -9,12 +9,13 @@ import torch
 
 from convert.adapters import trained
 from convert.peft_files import read_peft
-from models import ModelConfig
+from models import ModelConfig, build
 from models.adapters.config import AdapterConfig
 from models.adapters.source import AdapterSource
 from models.init import InitSource
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import ALL_DATA
+from parallel.nf4 import Nf4
 from tests.cases import NAMES, here, my_parts, whole
 from tests.peft_reference import SEED
 from trainer import channels, checkpoint
@@ -72,6 +73,9 @@ def train(
     out["weights"] = whole(engine, groups, "master")
     frozen = [p for _, p in engine.named_parameters() if not p.requires_grad]
     out["frozen_gradients"] = sum(p.grad is not None for p in frozen)
+    packed = [p.bytes for c in engine.chunks for m in c.modules() if isinstance(p := getattr(m, "packed", None), Nf4)]
+    out["bytes"] = sum(4 * p.numel() for p in frozen) + sum(packed)
+    out["parameters"] = sum(p.numel() for p in build(cfg).parameters())
     out["moments"] = sum(s.numel() for f in engine.fragments() for s in f.states.values())
     return out
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder, Layer
 from models.init import InitSource
 from parallel.config import EngineConfig, ParallelConfig
-from parallel.engine import Engine
+from parallel.engine import Engine, Forward
 from parallel.frozen import Frozen
 from parallel.groups import ALL_DATA, Groups
 from parallel.materialise import TensorSource
@@ -69,6 +72,18 @@ def make_frozen(
     """This rank's part of a model that is not trained (a reference, a reward model), in the layout of the run."""
     chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
     return Frozen(chunks, source, engine_cfg, groups, layout, model_cfg.hidden_size, [Layer], offload)
+
+
+@dataclass(frozen=True)
+class WithoutAdapter:
+    """The model that an adapter is put on, as it was: the trained model's own weights. Scores as ``Frozen`` does."""
+
+    engine: Engine
+
+    def score(self, micro_batches: Sequence[Any], forward: Forward) -> list[Any]:
+        """As ``Engine.score``."""
+        with self.engine.adapters_off():
+            return self.engine.score(micro_batches, forward)
 
 
 def make_chunks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from models.config import Problem
 
@@ -36,6 +36,9 @@ class LoraConfig:
     """How the frozen linear layers are kept; nf4 = in 4 bits (QLoRA), needs bitsandbytes."""
     start: str | None = None
     """Folder of an adapter in peft's format to start from."""
+
+    can_be_off: ClassVar[bool] = True
+    """Whether the model without the adapter is at hand at any time."""
 
     @property
     def scale(self) -> float:
@@ -83,6 +86,9 @@ class Ia3Config:
     targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
     """Names of linear layers as Hugging Face has them."""
     start: str | None = None
+    """Folder of an adapter in peft's format to start from."""
+
+    can_be_off: ClassVar[bool] = True
 
     def problems(self) -> list[Problem]:
         """Values wrong in themselves."""
@@ -96,6 +102,9 @@ class BitfitConfig:
     """Biases alone are trained (Ben Zaken et al. 2021, BitFit)."""
 
     name: Literal["bitfit"] = "bitfit"
+    """Which kind of adapter."""
+
+    can_be_off: ClassVar[bool] = False
 
     def problems(self) -> list[Problem]:
         """None: there is nothing to set."""

@@ -133,7 +133,7 @@ class _Adapted(nn.Module):
         """Called when the weight was filled: puts it into 4 bits where it is to be."""
         if self.adapter.nf4:
             self.adapter.packed = Nf4.of(self.weight.detach())
-            self.register_parameter("weight", None)
+            self.weight.data = self.weight.data.new_empty(0)
 
 
 class AdaptedColumn(_Adapted, ColumnLinear):

@@ -28,7 +28,9 @@ def packed_decoder(model: Decoder, steps: int) -> AbstractContextManager[None]:
     Args:
         steps: how many will be made while it lasts, at most.
     """
-    pairs = [module.gate_up.weight for module in model.modules() if isinstance(module, SwiGLU)]
+    # Layers with adapters do more than their weight says.
+    gate_ups = [module.gate_up for module in model.modules() if isinstance(module, SwiGLU)]
+    pairs = [gate_up.weight for gate_up in gate_ups if type(gate_up) is ColumnLinear]
     gated = set(pairs)
     weights = {weight: None for weight in _weights(model) if weight not in gated}
     size = sum(weight.numel() * weight.element_size() for weight in (*weights, *pairs))

@@ -20,6 +20,8 @@ BIASED = dataclasses.replace(DEEP, qkv_bias=True, attention_out_bias=True, mlp_b
 ONE_KV = dataclasses.replace(TINY, num_kv_heads=1)
 LORA, SOME = LoraConfig(rank=4, alpha=8), LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
 DORA, PISSA = dataclasses.replace(LORA, dora=True), dataclasses.replace(LORA, init="pissa")
+WIDE = dataclasses.replace(DEEP, hidden_size=64, intermediate_size=128, head_dim=16)
+QLORA = dataclasses.replace(LORA, base="nf4")
 SP: dict[str, Any] = {"sequence_parallel": True}
 ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
     (DEEP, LORA, 2, {"tp": 2, **SP, "recompute": "full"}),
@@ -35,14 +37,15 @@ ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
     (BIASED, Ia3Config(), 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2}),
     (BIASED, BitfitConfig(), 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2}),
     (ONE_KV, Ia3Config(), 2, {"tp": 2, "zero": 3}),
+    (dataclasses.replace(WIDE, head_dim=32), QLORA, 2, {"tp": 2, **SP, "zero": 2}),
 ]
 
 
 def name(row: Any) -> str:
     """What a row is called."""
     model, adapter, processes, options = row
-    kind = "dora" if adapter == DORA else "pissa" if adapter == PISSA else "some" if adapter == SOME else adapter.name
-    shape = {id(DEEP): "deep", id(BIASED): "biased", id(ONE_KV): "one_kv"}[id(model)]
+    kinds = {DORA: "dora", PISSA: "pissa", SOME: "some", QLORA: "qlora"}
+    kind, shape = kinds.get(adapter, adapter.name), f"{model.num_layers}x{model.hidden_size}"
     return f"{kind}-{shape}-{processes}-{','.join(f'{key}-{value}' for key, value in options.items())}"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from convert.peft_files import read_peft, write_peft
 from models import ModelConfig
@@ -82,3 +83,43 @@ def test_trains_as_peft_does(cfg: ModelConfig, made: Any, tmp_path: Path) -> Non
     assert float(both[0]) == pytest.approx(float(both[1]), rel=1e-6)
     assert read_peft(tmp_path / "weights", cfg).cfg.name == adapter.name
     assert found["frozen_gradients"] == 0
+
+
+def test_pissa_is_that_of_peft(tmp_path: Path) -> None:
+    """Each layer's B A and the weight without it; trained, the export beside the base as it was is the same model."""
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    base = peft_reference.base_folder(TINY, tmp_path / "base")
+    options: Any = {"init_lora_weights": "pissa", "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(peft_reference.hf_model(base), Theirs(r=4, lora_alpha=6, **options))
+    adapter = LoraConfig(rank=4, alpha=6, init="pissa")
+    steps = [my_parts(step, here(), ALL_DATA, 8) for step in range(3)]
+    expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
+    found = adapter_cases.train(TINY, adapter, zero=0)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    assert found["off"][0] == pytest.approx(found["losses"][0], rel=1e-6)
+    write_peft(tmp_path / "trained", TINY, adapter_cases.gathered(found["weights"], TINY, adapter), str(base))
+    both = [model, peft_reference.adapted(base, tmp_path / "trained")]
+    with torch.no_grad():
+        theirs, ours = (float(peft_reference.losses_of(each, steps[0][0])) for each in both)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_a_base_in_four_bits_is_what_its_codes_mean(tmp_path: Path) -> None:
+    """Trained beside packed weights, as peft beside the weights that bitsandbytes unpacks."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    cfg = dataclasses.replace(TINY, hidden_size=64, intermediate_size=128, head_dim=16)
+    adapter, theirs = lora(base="nf4", targets=("q_proj", "down_proj"))
+    base = peft_reference.base_folder(cfg, tmp_path / "base")
+    model = peft_reference.random_adapter(base, tmp_path / "start", theirs)
+    for name, param in model.named_parameters():
+        if "_proj." in name and "lora" not in name:
+            codes = quantize_4bit(param.data, blocksize=64, quant_type="nf4", compress_statistics=False)
+            param.data = dequantize_4bit(*codes)
+    steps = [my_parts(step, here(), ALL_DATA, 8) for step in range(2)]
+    expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
+    found = adapter_cases.train(cfg, adapter, start=str(tmp_path / "start"), zero=0, steps=2)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    assert found["bytes"] < 0.6 * 4 * found["parameters"]  # embedding and head stay as they are
