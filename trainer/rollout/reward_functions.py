@@ -119,8 +119,8 @@ def length(
 def language(text: str, prompt: Prompt, script: str = "Latin") -> float:
     """The share of the text's letters that belong to a script of Unicode (Latin, Han, Cyrillic, Arabic, ...); 0
     without letters."""
-    letters = len(_script(r"\p{L}").findall(text))
-    return len(_script(rf"[\p{{L}}&&\p{{Script={script}}}]").findall(text)) / letters if letters else 0.0
+    letters = sum(map(str.isalpha, text))
+    return sum(map(len, _letters(script).findall(text))) / letters if letters else 0.0
 
 
 def json_valid(text: str, prompt: Prompt, keys: str = "", fenced: bool = True) -> float:
@@ -227,8 +227,9 @@ def _braced(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _script(pattern: str) -> regex.Pattern[str]:
-    return regex.compile(pattern, regex.V1)
+def _letters(script: str) -> regex.Pattern[str]:
+    """Runs of letters of a script."""
+    return regex.compile(rf"[\p{{L}}&&\p{{Script={script}}}]+", regex.V1)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
