@@ -1,8 +1,10 @@
-"""Draw what one or more runs measured: loss, loss by channel, throughput, gradient norm, learning rate, memory.
+"""Draw what one or more runs measured: loss, throughput, gradient norm, learning rate, memory, and each channel.
 
     python scripts/plot.py runs/a runs/b --out compare.png
 
-The picture is a PNG, or with ``--out FILE.html`` one page with the picture and a table of first and last losses.
+In the place of the loss stands what a stage is about: the reward of reinforcement learning (with length, entropy,
+divergences, clipping and what else was measured), the accuracy of preferences (with loss and margin). The picture is a
+PNG, or with ``--out FILE.html`` one page with the picture and a table of first and last values.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import html
 import io
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +49,45 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.5,
     "legend.frameon": False,
 }
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What runs are about: the large panel, and one of each channel."""
+
+    title: str
+    unit: str
+    train: str
+    """Metric of training; ``eval/<name>`` of what is held out, ``channel/<channel>/<name>`` and so on of channels."""
+    name: str
+
+
+_GOALS = (
+    Goal("Reward", "mean reward", "rollout/reward", "reward"),
+    Goal("Accuracy", "share of pairs", "train/accuracy", "accuracy"),
+    Goal("Loss", "nats per token", "train/loss", "loss"),
+)
 # title, metric, unit on the y axis
 _LOWER_PANELS = (
     ("Gradient norm", "train/grad_norm", "global L2 norm"),
     ("Learning rate", "train/lr", "learning rate"),
     ("Memory", "perf/memory_gib", "peak GiB, main rank"),
+)
+# The same, drawn where a run measured it and is about something else than its loss.
+_MORE_PANELS = (
+    ("Preference loss", "train/loss", "nats per pair"),
+    ("Margin", "train/margin", "reward"),
+    ("Length of answers", "rollout/length", "tokens"),
+    ("Cut off", "rollout/truncated", "share of samples"),
+    ("Groups without signal", "rollout/flat_groups", "share of groups"),
+    ("Entropy", "train/entropy", "nats per token"),
+    ("Divergence from the reference", "train/kl", "nats per token"),
+    ("Moved since the rollout", "train/moved_kl", "nats per token"),
+    ("Clipped upwards", "train/clip_high", "share of tokens"),
+    ("Clipped downwards", "train/clip_low", "share of tokens"),
+    ("Generator against trainer", "train/mismatch_kl", "nats per token"),
+    ("Critic's explained variance", "critic/explained_variance", "share"),
+    ("Time of a step", "perf/step_time", "seconds"),
 )
 
 
@@ -138,36 +175,58 @@ def run_names(folders: list[Path]) -> list[str]:
     return [str(path) for path in resolved]
 
 
+def goal_of(runs: list[History]) -> Goal:
+    """What all the runs have in common that says most."""
+    return next((goal for goal in _GOALS if all(run.series(goal.train)[0] for run in runs)), _GOALS[-1])
+
+
+def _panels(runs: list[History], goal: Goal) -> list[tuple[str, str, str]]:
+    """The small panels besides those of the channels, as (title, metric, unit)."""
+    names = {name for run in runs for name in run.names()}
+    if goal is _GOALS[-1]:
+        return list(_LOWER_PANELS)
+    parts = sorted(name for name in names if name.startswith("rollout/reward/"))
+    more = [(f"Reward: {name.rpartition('/')[2]}", name, "mean") for name in parts if len(parts) > 1]
+    own = [panel for panel in _MORE_PANELS if panel[1] in names]
+    if goal.name == "reward":
+        own = [panel for panel in own if panel[1] != "train/loss"]  # of a policy's update it says nothing
+    return [*more, *own, *_LOWER_PANELS]
+
+
 def draw(runs: list[History], names: list[str], smoothing: float = 0.0) -> Figure:
-    """The whole picture: loss and throughput on top, one panel per channel, then norm, learning rate and memory."""
+    """The whole picture: goal and throughput on top, one panel per channel, then what else was measured."""
     names = [_literal(name) for name in names]
     looks = [(_COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]) for i in range(len(runs))]
     channels = sorted({channel for run in runs for channel in run.channels()})
-    rows = 1 + math.ceil((len(channels) + len(_LOWER_PANELS)) / _COLUMNS)
+    goal = goal_of(runs)
+    panels = _panels(runs, goal)
+    rows = 1 + math.ceil((len(channels) + len(panels)) / _COLUMNS)
     with plt.rc_context(_STYLE):
         figure = plt.figure(figsize=(13, 3.2 + 2.7 * (rows - 1)), layout="constrained")
         grid = figure.add_gridspec(rows, _COLUMNS, height_ratios=[1.25] + [1] * (rows - 1))
-        loss = figure.add_subplot(grid[0, :-1])
-        speed = figure.add_subplot(grid[0, -1], sharex=loss)
+        main = figure.add_subplot(grid[0, :-1])
+        speed = figure.add_subplot(grid[0, -1], sharex=main)
         places = iter(grid[row, column] for row in range(1, rows) for column in range(_COLUMNS))
         for run, name, look in zip(runs, names, looks, strict=True):
-            _line(loss, run, "train/loss", look, smoothing, name if len(runs) > 1 else "training")
-            _held_out(loss, run, "eval/loss", look, f"{name}, held out" if len(runs) > 1 else "held out")
+            _line(main, run, goal.train, look, smoothing, name if len(runs) > 1 else "training")
+            _held_out(main, run, f"eval/{goal.name}", look, f"{name}, held out" if len(runs) > 1 else "held out")
             _line(speed, run, "perf/tokens_per_s", look, 0.0, None)
-        _finish(loss, "Loss", "nats per token")
+        _finish(main, goal.title, goal.unit)
         _finish(speed, "Throughput", "tokens/s, all devices")
         _fit_y(speed, "perf/tokens_per_s")
-        _legend(loss)
+        _legend(main)
         for channel in channels:
-            axes = figure.add_subplot(next(places), sharex=loss)
+            axes = figure.add_subplot(next(places), sharex=main)
             for run, look in zip(runs, looks, strict=True):
-                _line(axes, run, f"channel/{channel}/loss", look, smoothing, None)
-                _held_out(axes, run, f"eval/{channel}/loss", look, None)
-            _finish(axes, f"Channel {channel}", "nats per token")
-        for title, metric, unit in _LOWER_PANELS:
-            axes = figure.add_subplot(next(places), sharex=loss)
+                _line(axes, run, f"channel/{channel}/{goal.name}", look, smoothing, None)
+                _held_out(axes, run, f"eval/{channel}/{goal.name}", look, None)
+            _finish(axes, f"Channel {channel}", goal.unit)
+        for title, metric, unit in panels:
+            axes = figure.add_subplot(next(places), sharex=main)
             for run, look in zip(runs, looks, strict=True):
                 _line(axes, run, metric, look, 0.0, None)
+                if metric.startswith("rollout/"):
+                    _held_out(axes, run, metric.replace("rollout/", "eval/", 1), look, None)
             _finish(axes, title, unit)
             _fit_y(axes, metric)
         figure.suptitle("  ·  ".join(names) if len(names) <= 3 else f"{len(names)} runs", fontsize=12, weight="bold")
@@ -175,25 +234,26 @@ def draw(runs: list[History], names: list[str], smoothing: float = 0.0) -> Figur
 
 
 def summary(runs: list[History], names: list[str]) -> list[tuple[str, str, str, str, str]]:
-    """Rows (run, what, steps, first loss, last loss) for the whole loss, each channel and the held-out loss."""
-    table = []
+    """Rows (run, what, steps, first, last) of the runs' goal, of each channel's, and of what is held out."""
+    goal, table = goal_of(runs), []
+    whole = {goal.train: "training", f"eval/{goal.name}": "held out"}
     for run, name in zip(runs, names, strict=True):
-        metrics = ["train/loss", *(f"channel/{channel}/loss" for channel in run.channels()), "eval/loss"]
-        for metric in metrics:
+        of_channels = [f"channel/{channel}/{goal.name}" for channel in run.channels()]
+        for metric in (goal.train, *of_channels, f"eval/{goal.name}"):
             steps, values = run.series(metric)
             if steps:
-                what = {"train/loss": "training", "eval/loss": "held out"}.get(metric, metric.split("/")[1])
+                what = whole.get(metric, metric.split("/")[1])
                 table.append((name, what, f"{steps[0]}-{steps[-1]}", f"{values[0]:.4f}", f"{values[-1]:.4f}"))
     return table
 
 
-_HEADER = ("run", "loss of", "steps", "first", "last")
+def _header(goal: Goal) -> tuple[str, ...]:
+    return ("run", f"{goal.name} of", "steps", "first", "last")
 
 
 def _text_table(table: list[tuple[str, ...]]) -> str:
-    rows = [_HEADER, *table]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
 
 
 def _html_page(picture: bytes, names: list[str], table: list[tuple[str, ...]]) -> str:
@@ -203,18 +263,18 @@ def _html_page(picture: bytes, names: list[str], table: list[tuple[str, ...]]) -
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
 
     title = html.escape(", ".join(names))
-    body = "".join(cells(row, "td") for row in table)
+    body = "".join(cells(row, "td") for row in table[1:])
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         "<style>body{font:14px sans-serif;margin:24px;color:#222}img{max-width:100%}"
         "table{border-collapse:collapse}td,th{padding:4px 14px;text-align:left;border-bottom:1px solid #ddd}</style>"
         f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        f"<table>{cells(_HEADER, 'th')}{body}</table></html>\n"
+        f"<table>{cells(table[0], 'th')}{body}</table></html>\n"
     )
 
 
-def plot(folders: list[Path], out: Path, smoothing: float) -> list[tuple[str, str, str, str, str]]:
-    """Read the runs, write the picture to ``out`` and return the table of first and last losses.
+def plot(folders: list[Path], out: Path, smoothing: float) -> list[tuple[str, ...]]:
+    """Read the runs, write the picture to ``out`` and return the table of first and last values, its header first.
 
     Raises:
         ValueError: a folder is no run, ``out`` is neither .png nor .html, or the smoothing is outside [0, 1).
@@ -229,7 +289,7 @@ def plot(folders: list[Path], out: Path, smoothing: float) -> list[tuple[str, st
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)
-    table = summary(runs, names)
+    table: list[tuple[str, ...]] = [_header(goal_of(runs)), *summary(runs, names)]
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
         out.write_bytes(buffer.getvalue())

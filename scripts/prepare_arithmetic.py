@@ -7,7 +7,8 @@ writes into assets/arithmetic/
     cold_start.jsonl     conversations that show the form, with answers by a careless hand: one in ten is right, the
                          others are off by one
     prompts.jsonl        the same questions with their right answers, for rewards
-    held_out.jsonl       questions that stand in neither
+    pairs.jsonl          right and wrong answers to the same questions, for reward models and DPO
+    held_out.jsonl, held_out_pairs.jsonl     questions that stand in none of these
 
 in three channels: add (one digit), subtract (one digit), tens (whole tens). Whoever learns the cold start gives the
 form and about the right size; which number is right only the rewards can tell. Same seed, same bytes.
@@ -26,6 +27,10 @@ MISTAKES = {0: 0.1, 1: 0.6, -1: 0.3}
 """By how much an answer of the cold start is off, and how often."""
 HANDS = 20
 """Careless answers to each question."""
+WRONG = (1, -1, 2, -2, 10, -10)
+"""By how much the wrong answer of a pair is off."""
+PAIRS = 4
+"""Pairs for each question."""
 HELD_OUT = 0.1
 MARKS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 TAGS = ("<answer>", "</answer>")
@@ -63,7 +68,7 @@ def said(number: int) -> str:
 
 
 def write_data(folder: Path, seed: int) -> dict[str, int]:
-    """The three files. Returns how many lines each has."""
+    """The files of questions. Returns how many lines each has."""
     draw = random.Random(seed)
     every = sorted(sums())
     draw.shuffle(every)
@@ -80,7 +85,9 @@ def write_data(folder: Path, seed: int) -> dict[str, int]:
             for name, question, answer in shown
         ],
         "prompts": [_prompt(each) for each in asked],
+        "pairs": [_pair(each, off) for each in asked for off in draw.sample(WRONG, PAIRS)],
         "held_out": [_prompt(each) for each in every if each in held],
+        "held_out_pairs": [_pair(each, draw.choice(WRONG)) for each in every if each in held],
     }
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -95,6 +102,13 @@ def _prompt(each: Sum) -> dict[str, object]:
     channel, question, answer = each
     form = f"{TAGS[0]}(\\d+){TAGS[1]}"  # what scripts/evaluate.py --tasks compares with the answer
     return {"messages": [_user(question)], "answer": str(answer), "regex": form, "channel": channel}
+
+
+def _pair(each: Sum, off: int) -> dict[str, object]:
+    channel, question, answer = each
+    wrong = answer + (off if answer + off >= 0 else -off)
+    chosen, rejected = ({"role": "assistant", "content": said(number)} for number in (answer, wrong))
+    return {"prompt": [_user(question)], "chosen": [chosen], "rejected": [rejected], "channel": channel}
 
 
 def write_tokenizer(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Makes preference pairs anybody can make again: a right and a wrong answer to the same question.
 
-    python scripts/prepare_preferences.py [--assets assets] [--pairs 120] [--held-out 40] [--seed 0]
+    python scripts/prepare_preferences.py [--assets assets] [--pairs 70] [--held-out 25] [--seed 0]
 
 Questions and right answers come from reasoning-gym's generators (Apache-2.0); a wrong answer is one that tempts: copied
 instead of worked out, or nearly right. Writes into assets/preferences/
@@ -131,8 +131,8 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="where to write (default: assets)")
-    parser.add_argument("--pairs", type=int, default=120, help="of each channel, to learn from")
-    parser.add_argument("--held-out", type=int, default=40, help="of each channel, to be asked")
+    parser.add_argument("--pairs", type=int, default=70, help="of each channel, to learn from")
+    parser.add_argument("--held-out", type=int, default=25, help="of each channel, to be asked")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:

@@ -32,6 +32,19 @@ SMOLLM2 = {
     "initializer_range": 0.041666666666666664,
 }
 """config.json of SmolLM2-135M-Instruct, as far as it says sizes."""
+ARITHMETIC = SMOLLM2 | {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 352,
+    "vocab_size": 264,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.02,
+}
+"""Of a run of conf/model/arithmetic.yaml, exported."""
 MIXTRAL = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -54,8 +67,10 @@ MIXTRAL = {
 }
 """config.json of a toy with experts."""
 CHANNELS = ("code", "maths", "dialogue", "reference")
+RUNS = {"arithmetic_sft": "LlamaForCausalLM", "arithmetic_reward": "LlamaForSequenceClassification"}
+"""Runs that others start from; exports stand in for them."""
 WORLD_FILES = (
-    *(f"arithmetic/{name}" for name in ("cold_start", "prompts", "held_out")),
+    *(f"arithmetic/{name}" for name in ("cold_start", "prompts", "pairs", "held_out", "held_out_pairs")),
     *(f"preferences/{name}" for name in ("spelling", "sorting", "fractions", "sums", "held_out")),
 )
 """What scripts/prepare_arithmetic.py and prepare_preferences.py make."""
@@ -75,6 +90,11 @@ def make_world(folder: Path) -> Path:
     for inside in ("arithmetic/tokenizer", "preferences"):
         (folder / "assets" / inside).mkdir(parents=True)
     (folder / "assets" / "arithmetic" / "tokenizer" / "tokenizer.json").write_text("{}")
+    for run, architecture in RUNS.items():
+        (folder / "runs" / run).mkdir(parents=True)
+        (folder / "runs" / run / "config.json").write_text(json.dumps(ARITHMETIC | {"architectures": [architecture]}))
+        (folder / "runs" / run / "model.safetensors").write_bytes(b"")
+        (folder / "runs" / run / "tokenizer.json").write_text("{}")
     for file in WORLD_FILES:
         (folder / "assets" / f"{file}.jsonl").write_text(row + "\n")
     (folder / "chats.jsonl").write_text(row + "\n")

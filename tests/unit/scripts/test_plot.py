@@ -95,6 +95,37 @@ def test_every_panel_is_labelled_and_every_channel_drawn(tmp_path: Path) -> None
     pyplot.close(figure)
 
 
+def make_rl_run(folder: Path, steps: int = 12) -> Path:
+    log = RunLog(folder, LogConfig(wandb="disabled", tensorboard=False), "r", {}, steps, 0, stream=io.StringIO())
+    for step in range(1, steps + 1):
+        rewards = {"rollout/reward": step / steps, "channel/add/reward": 0.5, "channel/add/loss": 0.0}
+        parts = {"rollout/reward/exact": 0.25, "rollout/reward/form": 1.0, "rollout/length": 5.0 + step}
+        log.step(step, rewards | parts | {"train/loss": 0.0, "train/entropy": 1.0 / step, "train/lr": 1e-4})
+    log.evaluation(steps, {"eval/reward": 0.75, "eval/add/reward": 0.5, "eval/reward/exact": 0.125})
+    log.close()
+    return folder
+
+
+def test_of_reinforcement_learning_the_reward_and_its_parts_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_rl_run(tmp_path / "rl")
+    figure = plot.draw([read(run)], ["rl"])
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    own = ["Reward: exact", "Reward: form", "Length of answers", "Entropy"]
+    assert list(panels) == ["Reward", "Throughput", "Channel add", *own, "Gradient norm", "Learning rate", "Memory"]
+    drawn = [np.asarray(line.get_ydata()) for line in panels["Reward"].get_lines()]
+    assert drawn[0][-1] == 1.0 and drawn[1].tolist() == [0.75]
+    assert [np.asarray(line.get_ydata())[-1] for line in panels["Reward: exact"].get_lines()] == [0.25, 0.125]
+    pyplot.close(figure)
+    assert plot.main([str(run)]) == 0
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert words[0] == ["run", "reward", "of", "steps", "first", "last"]
+    assert ["rl", "held", "out", "12-12", "0.7500", "0.7500"] in words
+    both = [read(run), read(make_run(tmp_path / "sft"))]
+    assert plot.goal_of(both).name == "loss", "what they have in common"
+
+
 def test_smoothing_by_hand() -> None:
     # Weight 0.5: averages of (2), (2, 4) with weights 1:2, then NaN passed through, then (2, 4, 8) with 1:2:4.
     found = plot.smooth([2.0, 4.0, math.nan, 8.0], 0.5)
