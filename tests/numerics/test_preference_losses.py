@@ -1,70 +1,34 @@
 """Losses of preferences: TRL's own trainers on the same model and batch, and values worked by hand.
 
-TRL's trainers are made without their constructors (which want data sets and a tokenizer) and given the attributes that
-their loss functions read. Both sides run the same tiny model; losses and gradients are compared in fp32.
+Both sides run the same tiny model; losses and gradients are compared in fp32.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
+from tests.trl_reference import PAIRS, TakesMargin, bare, dpo_trainer, kto_trainer, padded_pairs, scoring_models, seeded
 from trainer.losses import preference
 from trainer.losses.preference import PAIR_LOSSES, Pairs, Settings
 
-VOCAB, PAIRS, WIDTH = 61, 5, 14
-SIZES = LlamaConfig(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.3,
-    pad_token_id=0,
-)
 TOLERANCE = 1e-6
-
-
-def seeded(cls: Any, seed: int, **changes: Any) -> Any:
-    """A model with random weights large enough to have opinions."""
-    torch.manual_seed(seed)
-    return cls(LlamaConfig(**{**SIZES.to_dict(), **changes})).eval()
 
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    """Chosen answers, then rejected ones [2P, W], of uneven prompts and lengths, padded on the right."""
-    torch.manual_seed(5)
-    prompts, lengths = torch.randint(1, 6, (PAIRS,)), torch.randint(7, WIDTH + 1, (2 * PAIRS,))
-    place_W = torch.arange(WIDTH)
-    ids = torch.randint(1, VOCAB, (2 * PAIRS, WIDTH))
-    prompt_W = place_W < prompts.repeat(2)[:, None]
-    ids[PAIRS:] = torch.where(prompt_W[PAIRS:], ids[:PAIRS], ids[PAIRS:])
-    real = place_W < lengths[:, None]
-    return {
-        "input_ids": ids.where(real, 0),
-        "attention_mask": real.long(),
-        "completion_mask": (real & ~prompt_W).long(),
-    }
+    return padded_pairs()
 
 
 @pytest.fixture(scope="module")
 def models() -> tuple[Any, Any]:
-    """A policy and its reference, both with TRL's head that gives log-probabilities."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    made = seeded(LlamaForCausalLM, 1), seeded(LlamaForCausalLM, 2)
-    for model in made:
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
-    return made
+    return scoring_models()
 
 
 def log_probs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -92,36 +56,6 @@ def same(model: nn.Module, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert float((ours - theirs).detach().abs()) <= TOLERANCE * max(1.0, float(theirs.detach().abs()))
     a, b = gradient(model, ours), gradient(model, theirs)
     assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
-
-
-def bare(cls: Any, **attributes: Any) -> Any:
-    """A trainer of TRL with these attributes and nothing else."""
-    trainer = object.__new__(cls)
-    alone = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
-    common = {"accelerator": alone, "aux_loss_enabled": False, "_total_train_tokens": 0, "_tp_size": 1}
-    metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    trainer.__dict__.update({**common, "_metrics": metrics, "is_encoder_decoder": False, **attributes})
-    return trainer
-
-
-def dpo_trainer(models: tuple[Any, Any], loss_types: list[str], weights: list[float], beta: float, eps: float) -> Any:
-    """TRL's DPOTrainer."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    return bare(
-        DPOTrainer,
-        model=models[0],
-        ref_model=models[1],
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        beta=beta,
-        loss_types=loss_types,
-        loss_weights=weights,
-        label_smoothing=eps,
-        f_divergence_type="reverse_kl",
-        ld_alpha=None,
-        precompute_ref_logps=False,
-        use_weighting=False,
-    )
 
 
 @pytest.mark.parametrize(
@@ -235,24 +169,11 @@ def test_orpo(models: Any, batch: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("apart", [1, -1])
 def test_kto(models: Any, batch: dict[str, torch.Tensor], apart: int) -> None:
     """With the baseline of mismatched answers, above 0 one way round, clamped at 0 the other."""
-    from trl.trainer.kto_trainer import KTOTrainer
-
     policy, reference = models[::apart]
     label = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0, 1, 1])
     strange = {name: x.roll(3, 0) for name, x in batch.items()}
     with_kl = {**batch, **{f"KL_{name}": x for name, x in strange.items()}, "label": label}
-    trainer = bare(
-        KTOTrainer,
-        model=policy,
-        ref_model=reference,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        beta=0.2,
-        loss_type="kto",
-        calculate_KL=True,
-        precompute_ref_logps=False,
-        desirable_weight=1.3,
-        undesirable_weight=0.8,
-    )
+    trainer = kto_trainer(policy, reference, 0.2, 1.3, 0.8)
     expected = trainer._compute_loss(policy, with_kl, False)
     ratio = log_probs(policy, batch) - log_probs(reference, batch).detach()
     with torch.no_grad():
@@ -273,24 +194,12 @@ def test_reward_model(batch: dict[str, torch.Tensor], margin: torch.Tensor | Non
     if margin is not None:
         inputs["margin"] = margin
     trainer = bare(RewardTrainer, model=model, args=SimpleNamespace(center_rewards_coefficient=centring))
-    takes_margin = TakesMargin(model)
-    expected = trainer.compute_loss(takes_margin, inputs)
+    expected = trainer.compute_loss(TakesMargin(model), inputs)
     scores = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
     ours = preference.bradley_terry(
         *scores.chunk(2), margin_P=0.0 if margin is None else margin, centring=centring or 0.0
     )
     same(model, ours.mean(), expected)
-
-
-class TakesMargin(nn.Module):
-    """A model as the reward trainer calls it, with all that is in the batch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, margin: Any = None, **inputs: Any) -> Any:
-        return self.model(**inputs)
 
 
 HAND = Pairs(*(torch.tensor([x]) for x in (-10.0, -12.0, 5.0, 4.0, -11.0, -10.0)))
