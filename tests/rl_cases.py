@@ -14,6 +14,7 @@ import models
 from data.config import DataConfig
 from data.prompts import Prompt
 from models import ModelConfig
+from models.adapters.config import AdapterConfig
 from models.generation import Completion
 from models.init import InitSource
 from models.routing import RouterBook
@@ -35,8 +36,10 @@ from trainer.rl.run import Parts, make_trainer
 from trainer.rl.weights import GeneratorWeights
 from trainer.rollout.config import RolloutConfig
 from trainer.rollout.types import Rollout, Writer
+from trainer.stages.grpo import GrpoConfig
 from trainer.stages.next_token import NextToken
 from trainer.stages.policy_config import PolicyConfig
+from trainer.stages.ppo import PpoConfig
 
 
 def moved_weights(model: ModelConfig, layout: ParallelConfig, zero: Any, tp: int, drop: bool = False) -> dict[str, Any]:
@@ -138,16 +141,28 @@ def _judged(prompt: Prompt, text: Completion) -> Rollout:
 
 
 def rl_config(
-    stage: PolicyConfig, model: ModelConfig, layout: ParallelConfig, zero: Any, steps: int, **rollout: Any
+    stage: PpoConfig | GrpoConfig,
+    model: ModelConfig,
+    layout: ParallelConfig,
+    zero: Any,
+    steps: int,
+    adapter: AdapterConfig | None = None,
+    **rollout: Any,
 ) -> RunConfig:
     """A run of the fakes."""
     data = DataConfig(sources=(), seq_len=48, micro_batch_rows=1, global_batch_rows=8)
-    asked = {"prompts_per_step": 4, "samples": 4, "max_prompt_tokens": 10, "max_new_tokens": 20} | rollout
+    asked: dict[str, Any] = {
+        "prompts_per_step": 4,
+        "samples": 4,
+        "max_prompt_tokens": 10,
+        "max_new_tokens": 20,
+    } | rollout
     # A large eps keeps Adam from blowing the rounding noise of vanishing gradients up to a whole step.
     optim = OptimConfig(lr=3e-3, eps=1e-3, schedule="constant")
     run = RunSection(steps=steps, seed=3)
     engine = EngineConfig(zero=zero)
-    return RunConfig(model, stage, data, layout, engine, optim, LogConfig(), run, RolloutConfig(**asked))  # pyright: ignore[reportArgumentType]
+    sections = (data, layout, engine, optim, LogConfig(), run, RolloutConfig(**asked))
+    return RunConfig(model, stage, *sections, adapter=adapter)
 
 
 def trainer_of(cfg: RunConfig, saved_in: Path | None = None, save_to: Path | None = None) -> tuple[RlTrainer, Progress]:
@@ -161,7 +176,7 @@ def trainer_of(cfg: RunConfig, saved_in: Path | None = None, save_to: Path | Non
 
 
 def rl_steps(
-    stage: PolicyConfig,
+    stage: PpoConfig | GrpoConfig,
     model: ModelConfig,
     layout: ParallelConfig,
     zero: Any = 1,

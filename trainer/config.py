@@ -25,8 +25,9 @@ from trainer.layout_rules import Layout, broken
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
 from trainer.problems import Problem, format_problems, nearest
+from trainer.rl import checks as rl_checks
 from trainer.rollout.config import RolloutConfig
-from trainer.stages import DpoConfig, NextTokenConfig, RewardConfig, StageConfig
+from trainer.stages import DpoConfig, NextTokenConfig, PolicyConfig, RewardConfig, StageConfig
 
 __all__ = ["Machine", "Problem", "RunConfig", "RunSection", "check", "format_problems", "ignored"]
 
@@ -132,7 +133,7 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
     machine = machine or Machine.here()
     rules = (_layout, _batch, _length, _training_length, _schedule, _stage, _start, _reference, _tokenizer, _resume)
     crossing = [problem for rule in rules for problem in rule(cfg, world_size)] + _engine(cfg, machine)
-    crossing += adapters.problems(cfg)
+    crossing += adapters.problems(cfg) + rl_checks.problems(cfg, world_size)
     told = {problem.key for problem in crossing}  # a rule over several sections says more than the section alone
     return [problem for problem in own_problems(cfg) if problem.key not in told] + crossing
 
@@ -149,7 +150,10 @@ def own_problems(cfg: RunConfig) -> list[Problem]:
 
 
 def _layout(cfg: RunConfig, world_size: int) -> list[Problem]:
-    return layouts.problems(_layout_of(cfg), world_size)
+    layout = _layout_of(cfg)
+    if isinstance(cfg.stage, PolicyConfig):
+        layout = dataclasses.replace(layout, data=rl_checks.any_rows(cfg.data, cfg.parallel, world_size))
+    return layouts.problems(layout, world_size)
 
 
 def _layout_of(cfg: RunConfig) -> Layout:
@@ -158,7 +162,7 @@ def _layout_of(cfg: RunConfig) -> Layout:
 
 def _batch(cfg: RunConfig, world_size: int) -> list[Problem]:
     rows, micro = cfg.data.global_batch_rows, cfg.data.micro_batch_rows
-    if cfg.parallel.problems():
+    if cfg.parallel.problems() or isinstance(cfg.stage, PolicyConfig):
         return []
     dp = _layout_of(cfg).dp(world_size)
     if rows < 1 or micro < 1 or dp == 0 or rows % (micro * dp) == 0:
@@ -343,7 +347,8 @@ def ignored(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
             "(6 to 16 times slower than fp32 where this was measured); engine.precision=fp32 is the fast choice here",
         ),
     ]
-    own = cfg.stage.ignored() if isinstance(cfg.stage, DpoConfig) else []
+    own = cfg.stage.ignored() if isinstance(cfg.stage, (DpoConfig, PolicyConfig)) else []
+    own += cfg.rollout.ignored(cfg.stage.name, isinstance(cfg.stage, PolicyConfig))
     return own + adapters.ignored(cfg) + [text for applies, text in rows if applies]
 
 

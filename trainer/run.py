@@ -31,7 +31,7 @@ from trainer.loop import Progress, Trainer
 from trainer.reference import find_reference, preparation
 from trainer.resuming import save, to_resume
 from trainer.run_folder import run_folder
-from trainer.stages import NextTokenConfig, build_stage
+from trainer.stages import NextTokenConfig, PolicyConfig, build_stage
 
 
 def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
@@ -50,7 +50,12 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
     # The collectives' own limit is longer, or they would give up before the watch has told who waits for whom.
     groups = build_groups(ranks, 2 * cfg.run.hang_timeout + 60, cfg.parallel)
     with watching(groups, cfg.run.hang_timeout), run_folder(cfg, groups) as run_dir:
-        _train_in(run_dir, cfg, groups, started)
+        if isinstance(cfg.stage, PolicyConfig):
+            from trainer.rl.run import train_in  # brings the generator in
+
+            train_in(run_dir, cfg, groups, started)
+        else:
+            _train_in(run_dir, cfg, groups, started)
     return run_dir
 
 

@@ -60,7 +60,8 @@ def whole(group: str, option: str) -> dict[str, Any]:
 @pytest.mark.parametrize("model", options("model"))
 def test_model_goes_with_every_stage_and_engine(model: str, composed: Compose, world: Path) -> None:
     start = ["init_from=assets/smollm2-135m-instruct"] if model == "hf" else []
-    base = composed(f"model={model}", *TINY_RUN, *start)
+    texts = ["rollout.max_prompt_tokens=32", "rollout.max_new_tokens=32", "rollout.rewards=[{function: length}]"]
+    base = composed(f"model={model}", *TINY_RUN, *start, *texts)
     for stage in options("stage"):
         for engine in options("engine"):
             parts = {"stage": section("stage", stage), "engine": section("engine", engine)}

@@ -9,6 +9,7 @@ import torch
 
 import models
 from convert.source import Source
+from models.adapters.attach import attach
 from models.config import ModelConfig
 from models.generation import Generator, GeneratorConfig
 from models.generation.text import Tokenizer
@@ -20,12 +21,14 @@ from parallel.groups import Groups, neighbours
 from parallel.materialise import TensorSource
 from parallel.sharding import Place
 from trainer import folders
-from trainer.build import fresh_weights, make_engine, make_frozen
+from trainer.build import WithoutAdapter, fresh_weights, make_engine, make_frozen, weights_of
+from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
+from trainer.folders import other_model
 from trainer.rl.checks import critic_start, tp_fault
 from trainer.rl.learner import Learner
 from trainer.rl.packing import Packer
-from trainer.rl.weights import GeneratorWeights
+from trainer.rl.weights import GeneratorWeights, TrainedItself, generates
 from trainer.stages.policy import Policy
 from trainer.stages.policy_config import PolicyConfig
 from trainer.stages.ppo import Critic, PpoConfig
@@ -34,9 +37,12 @@ FREE_SHARE = 0.5
 """A generator's copy may take at most this share of the memory that is free before it is made."""
 
 
-def make_policy(cfg: RunConfig, stage: PolicyConfig, groups: Groups, source: TensorSource, channels: int) -> Learner:
-    """The policy with its update."""
-    engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len)
+def make_policy(
+    cfg: RunConfig, stage: PolicyConfig, groups: Groups, saved: Checkpoint | None, channels: int
+) -> Learner:
+    """The policy with its update, from its start or from where it goes on."""
+    source, sizes = weights_of(cfg, saved), (cfg.parallel, cfg.data.seq_len)
+    engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, *sizes, cfg.adapter)
     update = Policy(stage, channels, cfg.rollout.max_new_tokens, cfg.rollout.temperature, groups.cp)
     routers = RouterBook(engine.chunks, channels)
     return Learner("train", engine, update, routers, cfg.optim, packer_of(cfg, groups), groups)
@@ -79,13 +85,17 @@ def critic_source(cfg: RunConfig, stage: PpoConfig) -> TensorSource:
     return InitSource(model, cfg.run.seed) if start is None else _from_folder(start, model, cfg.run.seed)
 
 
-def make_reference(cfg: RunConfig, stage: PolicyConfig, groups: Groups) -> Frozen | None:
+def make_reference(
+    cfg: RunConfig, stage: PolicyConfig, groups: Groups, policy: Engine
+) -> Frozen | WithoutAdapter | None:
     """What the policy's divergence is measured from; None where it is not wanted."""
     if not stage.needs_reference:
         return None
     if stage.reference is None:
-        return _frozen(cfg, cfg.model, groups, fresh_weights(cfg))
-    model = folders.model_in(stage.reference)
+        adapts = cfg.adapter is not None and cfg.adapter.can_be_off
+        return WithoutAdapter(policy) if adapts else _frozen(cfg, cfg.model, groups, fresh_weights(cfg))
+    same = other_model(stage.reference, cfg.model) is None
+    model = cfg.model if same else folders.model_in(stage.reference)
     return _frozen(cfg, model, groups, _from_folder(stage.reference, model))
 
 
@@ -110,18 +120,21 @@ def _from_folder(folder: str, model: ModelConfig, seed: int = 0) -> Source:
 # ---- the generator ------------------------------------------------------------------------------------------------
 
 
-def make_weights(cfg: RunConfig, engine: Engine, groups: Groups, timeout_s: float) -> GeneratorWeights:
+def make_weights(cfg: RunConfig, engine: Engine, groups: Groups, timeout_s: float) -> GeneratorWeights | TrainedItself:
     """The policy for generation, filled. In low precision the generator has weights of that type."""
     tp = cfg.rollout.tp or generator_tp(cfg, engine, groups)
-    place = Place(tp=neighbours(groups, tp, timeout_s))
-    dtype = AUTOCAST.get(cfg.engine.precision, torch.float32)
-    weights = GeneratorWeights(engine, models.build(cfg.model, place), dtype)
+    if generates(engine, tp):
+        return TrainedItself(engine)
+    model = models.build(cfg.model, Place(tp=neighbours(groups, tp, timeout_s)))
+    if cfg.adapter is not None:
+        attach(model, cfg.adapter)
+    weights = GeneratorWeights(engine, model, AUTOCAST.get(cfg.engine.precision, torch.float32))
     weights.fill()
     return weights
 
 
 def make_generator(
-    cfg: RunConfig, weights: GeneratorWeights, tokenizer: Tokenizer | None, stop_tokens: tuple[int, ...]
+    cfg: RunConfig, weights: GeneratorWeights | TrainedItself, tokenizer: Tokenizer | None, stop_tokens: tuple[int, ...]
 ) -> Generator:
     """The generator that reads these weights."""
     limits = GeneratorConfig(max_rows=cfg.rollout.max_rows, max_cached_tokens=cfg.rollout.max_cached_tokens)

@@ -14,7 +14,7 @@ from parallel.frozen import Frozen
 from trainer.rl.advantages import Groups
 from trainer.rl.credit import shaped_reward
 from trainer.rl.samples import Samples, Scorer
-from trainer.rl.weights import GeneratorWeights
+from trainer.rl.weights import GeneratorWeights, TrainedItself
 from trainer.rl.writer import Author, Written
 from trainer.rollout.config import REWARD_MODEL, RolloutConfig
 from trainer.rollout.rewards import with_parts
@@ -77,7 +77,7 @@ class Collector:
     prompts: Prompts
     asks: Asks
     author: Author
-    weights: GeneratorWeights
+    weights: GeneratorWeights | TrainedItself
     scorer: Scorer
     reward_model: Frozen | None
     offload: bool

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parallel.frozen import Frozen
 from parallel.groups import Groups
 from parallel.step_clock import idle_share
 from trainer.config import RunConfig
@@ -24,7 +23,7 @@ from trainer.rl.collecting import Collected, Collector
 from trainer.rl.experience import Experience, Scores, experience, needs_old
 from trainer.rl.learner import Learner, Learnt, parts
 from trainer.rl.measures import experience_metrics, rollout_metrics
-from trainer.rl.samples import Samples, Scorer, value_before
+from trainer.rl.samples import Model, Samples, Scorer, value_before
 from trainer.rollout.records import Records
 from trainer.stages.policy_config import PolicyConfig
 
@@ -52,7 +51,7 @@ class RlTrainer:
     groups: Groups
     policy: Learner
     critic: Learner | None
-    reference: Frozen | None
+    reference: Model | None
     collector: Collector
     scorer: Scorer
     log: Log

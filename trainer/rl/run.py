@@ -17,7 +17,6 @@ from data.prompts import PromptData, read
 from data.tokenizer import load_tokenizer
 from parallel.groups import Groups
 from trainer import checkpoint, folders, provenance
-from trainer.build import fresh_weights
 from trainer.config import RunConfig
 from trainer.door import to_yaml
 from trainer.inference.loading import renderer_of, stop_tokens_of
@@ -62,6 +61,7 @@ def train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> N
     assert isinstance(cfg.stage, PolicyConfig)
     saved = to_resume(cfg, run_dir)
     prompts = read_prompts(cfg, groups, run_dir)
+    cfg.rollout.check_channels(prompts.channels)
     per_step = cfg.rollout.prompts_per_step
     total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * prompts.prompts_per_epoch / per_step)
     step = saved.state["step"] if saved else 0
@@ -113,7 +113,7 @@ def make_trainer(parts: Parts, saved: checkpoint.Checkpoint | None, total_steps:
     """All models, restored where there is something to go on from, and where the run stands."""
     cfg, stage, groups, channels = parts.cfg, parts.stage, parts.groups, len(parts.prompts.channels)
     progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
-    policy = build.make_policy(cfg, stage, groups, saved or fresh_weights(cfg), channels)
+    policy = build.make_policy(cfg, stage, groups, saved, channels)
     critic = None
     if saved:
         restored(policy, saved, groups)
@@ -122,7 +122,8 @@ def make_trainer(parts: Parts, saved: checkpoint.Checkpoint | None, total_steps:
         critic = build.make_critic(cfg, stage, groups, theirs or build.critic_source(cfg, stage), channels)
         if theirs:
             restored(critic, theirs, groups)
-    reference, reward_model = build.make_reference(cfg, stage, groups), build.make_reward_model(cfg, groups)
+    reference = build.make_reference(cfg, stage, groups, policy.engine)
+    reward_model = build.make_reward_model(cfg, groups)
     folders.forget()  # of a large model the headers alone are large
     weights = build.make_weights(cfg, policy.engine, groups, 2 * cfg.run.hang_timeout + 60)
     author = Author(build.make_generator(cfg, weights, parts.tokenizer, parts.stop_tokens), groups)

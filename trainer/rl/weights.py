@@ -24,6 +24,31 @@ Range = tuple[int, Cut, int, int]
 """Who gives it (rank in the group), of which cut, first element of the flattened part, elements."""
 
 
+class TrainedItself:
+    """The model that is trained is the generator's: nothing to do. For layouts in which it can generate."""
+
+    shared = True
+
+    def __init__(self, engine: Engine) -> None:
+        assert isinstance(engine.model, Decoder)
+        self.model = engine.model
+
+    def fill(self) -> None:
+        """Nothing."""
+
+    def drop(self) -> None:
+        """Nothing."""
+
+
+def generates(engine: Engine, tp: int) -> bool:
+    """Whether the model that is trained can be used as it is by a generator on so many tp ranks."""
+    groups = engine.groups
+    whole = groups.pp.size == groups.cp.size == groups.ep.size == 1 and engine.cfg.zero != 3
+    if not whole or groups.tp.size != tp or engine.cfg.precision != "fp32":
+        return False
+    return isinstance(engine.model, Decoder) and not engine.model.place.splits_rows
+
+
 class GeneratorWeights:
     """Keeps a decoder for generation on the weights of a model that is trained.
 

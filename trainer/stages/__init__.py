@@ -5,18 +5,31 @@ from __future__ import annotations
 from parallel.sharding import ALONE, Axis
 from trainer.stages.base import Stage
 from trainer.stages.dpo import Dpo, DpoConfig
+from trainer.stages.grpo import GrpoConfig
 from trainer.stages.kto import Kto
 from trainer.stages.next_token import NextToken, NextTokenConfig
+from trainer.stages.policy_config import PolicyConfig
+from trainer.stages.ppo import PpoConfig
 from trainer.stages.reward import Reward, RewardConfig
 
-__all__ = ["DpoConfig", "NextTokenConfig", "RewardConfig", "Stage", "StageConfig", "build_stage"]
+__all__ = [
+    "DpoConfig",
+    "GrpoConfig",
+    "NextTokenConfig",
+    "PolicyConfig",
+    "PpoConfig",
+    "RewardConfig",
+    "Stage",
+    "StageConfig",
+    "build_stage",
+]
 
-StageConfig = NextTokenConfig | RewardConfig | DpoConfig
+StageConfig = NextTokenConfig | RewardConfig | DpoConfig | PpoConfig | GrpoConfig
 """The stage section: one of these, by its name."""
 
 
 def build_stage(cfg: StageConfig, num_channels: int, cp: Axis = ALONE) -> Stage:
-    """The stage that ``stage.name`` asks for.
+    """The stage that ``stage.name`` asks for, of those that learn from data (ppo and grpo: `trainer/rl/run.py`).
 
     Args:
         num_channels: number of channels of the run.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.adapters.config import LoraConfig
 from parallel.config import ParallelConfig
 from tests import cases, rl_cases
 from tests.integration.matrix.compare import TOLERANCE
@@ -70,6 +71,21 @@ def test_a_layout_learns_as_one_process(
         assert each["texts"] == expected["texts"]
         _alike(expected["facts"], each["facts"])
     _same_training(expected, found[0])
+
+
+@pytest.mark.parametrize(("size", "layout"), [(2, {"tp": 2, **SP}), (2, {"pp": 2})], ids=["tp2", "pp2"])
+def test_an_adapter_learns_and_writes_as_in_one_process(
+    size: int, layout: dict[str, Any], pool: Callable[[int], Pool]
+) -> None:
+    """The generator has the adapter too, and without it the policy is its own reference."""
+    given = {"adapter": LoraConfig(rank=4), "steps": 2}
+    expected = pool(1).run(rl_cases.rl_steps, GRPO, model_of("llama_deep"), ParallelConfig(), **given)[0]
+    found = pool(size).run(rl_cases.rl_steps, GRPO, model_of("llama_deep"), ParallelConfig(**layout), **given)[0]
+    assert found["texts"] == expected["texts"]
+    _same_training(expected, found)
+    before, after = (metrics["train/kl"] for metrics in expected["metrics"])
+    assert before < 1e-9 < after
+    assert found["metrics"][1]["train/mismatch_kl"] < 1e-9  # the texts are the trained policy's
 
 
 def test_a_resumed_run_goes_on_alike(pool: Callable[[int], Pool], tmp_path: Path) -> None:

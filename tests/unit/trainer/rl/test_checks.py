@@ -14,14 +14,13 @@ from tests.rl_cases import rl_config
 from trainer.rl.checks import problems
 from trainer.rollout.config import RewardFunctionConfig
 from trainer.stages.grpo import GrpoConfig
-from trainer.stages.policy_config import PolicyConfig
 from trainer.stages.ppo import PpoConfig
 
 TINY = ModelConfig("llama", 97, 32, 48, 2, 4, 2, 8, 128)
 RULE = (RewardFunctionConfig("length"),)
 
 
-def _told(stage: PolicyConfig | None = None, world: int = 1, **rollout: Any) -> list[tuple[str, str, str]]:
+def _told(stage: PpoConfig | GrpoConfig | None = None, world: int = 1, **rollout: Any) -> list[tuple[str, str, str]]:
     rollout = {"rewards": RULE} | rollout
     cfg = rl_config(stage or GrpoConfig(), TINY, ParallelConfig(), 1, 1, **rollout)
     return [(each.key, each.reason, each.way_out) for each in problems(cfg, world)]
