@@ -11,29 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from data.chat import Render, template_renderer
 from data.formats import RowError
 from data.peers import Peers
 from data.prompt import Prompt
 from models.generation import Completion, Generator, GeneratorConfig, Request, SamplingConfig
+from parallel.config import ParallelConfig
 from parallel.sharding import SINGLE
-from tests import generation_cases, tp_cases
+from tests import generation_cases, rollout_cases, tp_cases
+from tests.pool import Pool
+from tests.rollout_cases import STOP, TEMPLATE, byte_tokenizer, chat
 from trainer.rollout.config import RewardFunctionConfig, RolloutConfig
 from trainer.rollout.rollout import Rollouter
 from trainer.rollout.task_functions import calculated
 from trainer.rollout.types import Rollout
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Drops the thoughts of earlier turns, so that rendering a conversation again does not give back what was written."""
-STOP = "<|im_end|>"
 TASK = """
 import time
 from trainer.rollout.types import Answer
@@ -59,15 +52,7 @@ def always(prompt, turns):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """A byte a token, and the marks of turns."""
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=STOP)
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    made.chat_template = TEMPLATE
-    return made
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +88,6 @@ class ByHand:
         log_probs = tuple(-0.1 * (1 + n) for n in range(len(cut)))
         written = self.tokenizer.decode(cut, skip_special_tokens=True)
         return Completion(0, sample, prompt, tuple(cut), written, finish, log_probs=log_probs)
-
-
-def chat(tokenizer: Any, render: Render, text: str, number: int = 0, **fields: Any) -> Prompt:
-    messages = ({"role": "user", "content": text},)
-    shown = render(list(messages), None, True)
-    return Prompt(number, 0, "maths", tuple(tokenizer.encode(shown)), shown, messages, fields)
 
 
 ALONE = Peers(0, 1, lambda each: [each])
@@ -458,3 +437,18 @@ def test_ranks_share_the_calls_and_know_the_same(tokenizer: Any, render: Render,
         each.join(60)
     assert found[0] == found[1] and [each.reward for each in found[0]] == [1, 2, 3, 4, 5]
     assert sorted((tmp_path / "calls").read_text().split()) == ["x" * n for n in range(1, 6)]
+
+
+def test_rollouts_are_the_same_in_every_layout(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(rollout_cases.OWN)
+    file = str(tmp_path / "own.py")
+    ((*alone, told),) = pool(1).run(rollout_cases.rollouts, file, ParallelConfig())
+    assert {len(each.turns) for each in alone[0]} >= {3}, "no conversation went on"
+    assert "a third of them (" in told[0] and 0 < sum("score" in each.errors for each in alone[0]) < len(alone[0])
+    for layout in (ParallelConfig(tp=2), ParallelConfig()):
+        for *found, said in pool(2).run(rollout_cases.rollouts, file, layout):
+            assert [line.splitlines()[0] for line in said] == [line.splitlines()[0] for line in told]
+            for one, other in zip([*alone[0], *alone[1]], [*found[0], *found[1]], strict=True):
+                ours, theirs = torch.tensor(one.log_probs), torch.tensor(other.log_probs)
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+                assert dataclasses.replace(other, log_probs=()) == dataclasses.replace(one, log_probs=())
