@@ -31,6 +31,11 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def stages() -> list[str]:
+    """The stages; the other options of the group are settings of one of them."""
+    return [option for option in options("stage") if section("stage", option)["name"] == option]
+
+
 def keys_of(tree: Any, prefix: str = "") -> set[str]:
     """Dotted keys of a mapping, in the spelling of ``typed.keys``."""
     found: set[str] = set()
@@ -51,10 +56,14 @@ def section(group: str, option: str) -> dict[str, Any]:
 
 
 def whole(group: str, option: str) -> dict[str, Any]:
-    """What a file says; one that sets another section too (a reward model its head) has sections."""
-    tree = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    """What a file says, a stage with the one it starts from; a file that sets another section too (a reward model its
+    head) has sections."""
+    found = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
+    assert isinstance(found, dict)
+    tree = {str(key): value for key, value in found.items()}
+    for base in tree.pop("defaults", []) if group == "stage" else ():
+        tree = {**whole(group, base), **tree}
+    return tree
 
 
 @pytest.mark.parametrize("model", options("model"))
@@ -62,7 +71,7 @@ def test_model_goes_with_every_stage_and_engine(model: str, composed: Compose, w
     start = ["init_from=assets/smollm2-135m-instruct"] if model == "hf" else []
     texts = ["rollout.max_prompt_tokens=32", "rollout.max_new_tokens=32", "rollout.rewards=[{function: length}]"]
     base = composed(f"model={model}", *TINY_RUN, *start, *texts)
-    for stage in options("stage"):
+    for stage in stages():
         for engine in options("engine"):
             parts = {"stage": section("stage", stage), "engine": section("engine", engine)}
             also = whole("stage", stage).get("model", {})
@@ -144,12 +153,12 @@ def test_every_key_can_be_set_without_a_plus() -> None:
 def test_yaml_and_dataclass_agree_on_defaults(composed: Compose) -> None:
     """A setting counts as given when it differs from the dataclass default, so the two may not drift apart."""
     cfg = load(composed("data.sources=[{path: chats.jsonl}]"))
-    stages = [
+    sections = [
         load(composed("data.sources=[{path: chats.jsonl}]", f"stage={option}")).stage
-        for option in options("stage")
+        for option in stages()
         if option != "pretrain"
     ]
-    for part in (*stages, cfg.data, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
+    for part in (*sections, cfg.data, cfg.parallel, cfg.engine, cfg.optim, cfg.log, cfg.run, cfg.rollout):
         for field in dataclasses.fields(part):
             if field.default is not dataclasses.MISSING:
                 assert getattr(part, field.name) == field.default, f"{type(part).__name__}.{field.name}"
