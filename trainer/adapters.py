@@ -99,7 +99,7 @@ def _four_bits(cfg: RunConfig, adapter: LoraConfig) -> Iterator[Problem]:
     for layer in sample(cfg.model):
         inputs = layer.inputs // cfg.parallel.tp if layer.row else layer.inputs
         if inputs % BLOCK:
-            name, share = layer.parts[0].name, f" on each of {cfg.parallel.tp} ranks" if layer.row else ""
+            name, share = layer.parts[0].name, f" on each of {cfg.parallel.tp} ranks" if inputs < layer.inputs else ""
             reason = f"packs {BLOCK} inputs together, and {name} has {inputs}{share}"
             yield Problem(key, value, reason, way)
             return

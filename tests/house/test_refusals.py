@@ -200,6 +200,14 @@ def split(overrides: str) -> list[str]:
         "parallel=ep2 model=tiny_mixtral",
         "model=tiny_mixtral model.moe.top_k=4 model.moe.balance_loss=0",
         "model=tiny_mixtral parallel=ep2 engine=zero2 data.global_batch_rows=12 data.micro_batch_rows=3",
+        "adapter=lora adapter.targets=[q_proj,v_proj] parallel=tp2",
+        "adapter=rslora engine=zero3",
+        "adapter=dora parallel=pp2",
+        "adapter=pissa model=tiny_mixtral parallel=ep2",
+        "adapter=qlora engine=zero2 model.intermediate_size=192",
+        "adapter=ia3 parallel=cp2",
+        "adapter=bitfit model=tiny_qwen2",
+        "adapter=none",
     ],
 )
 def test_runs(overrides: str, composed: Compose, world: Path) -> None:

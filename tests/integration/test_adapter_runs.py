@@ -43,11 +43,10 @@ def size(run: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.iterdir() if path.suffix == ".safetensors")
 
 
-@pytest.mark.parametrize("adapter", ["lora", "pissa"])
-def test_a_run_resumes_in_another_layout_and_is_one_model(
-    pool, world, base: Path, adapter: str, tmp_path: Path
-) -> None:
-    runs, kind = world.folder / "runs", [f"adapter={adapter}", "adapter.rank=2"]
+def test_a_run_resumes_in_another_layout_and_is_one_model(pool, world, base: Path, tmp_path: Path) -> None:
+    """PiSSA saves what LoRA does and what was taken out of the base."""
+    adapter, runs = "pissa", world.folder / "runs"
+    kind = [f"adapter={adapter}", "adapter.rank=2"]
     pool(1).run(cases.run_config, words(world, base, f"{adapter}_whole", 4, *kind))
     pool(2).run(cases.run_config, words(world, base, adapter, 2, *kind, "parallel=tp2"))
     pool(2).run(cases.run_config, words(world, base, adapter, 4, *kind, "parallel=pp2", "engine=zero1"))
@@ -104,3 +103,24 @@ def test_what_does_not_go_together_is_said(pool, world, base: Path, tmp_path: Pa
         open_loom(run)
     with pytest.raises(ValueError, match="holds neither an adapter"):
         merge_adapter.opened(base, base)
+
+
+def test_the_reference_of_a_preference_run_is_the_model_without_its_adapter(pool, world, base: Path) -> None:
+    """The same losses as beside a second, frozen copy of the base; tp 2 as well."""
+    pairs = world.folder / "adapter_pairs.jsonl"
+    rows = [
+        {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a + b + 1)} for a in range(4) for b in range(4)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def losses(name: str, processes: int, *more: str) -> list[float]:
+        given = words(world, base, name, 3, "stage=dpo", "adapter=lora", "adapter.rank=4", *more)
+        given = [word for word in given if not word.startswith("data.sources")]
+        pool(processes).run(cases.run_config, [*given, f"data.sources=[{{path: {pairs}, channel: sums}}]"])
+        return [world.metrics(name)[step]["train/loss"] for step in (1, 2, 3)]
+
+    expected = losses("beside_a_copy", 1, f"stage.reference={base}")
+    assert expected[0] == pytest.approx(0.693147, rel=1e-5)
+    assert expected[2] < 0.69
+    assert losses("itself", 2, "parallel=tp2") == pytest.approx(expected, rel=1e-5)
+    assert "reference: the model without its adapter" in (world.folder / "runs" / "itself" / "log.txt").read_text()
