@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Train a chain of named runs, each from the one before (conf/run/ says from which):
+#   bash scripts/run_chain.sh r1                cold start, then GRPO with rewards by rule
+#   bash scripts/run_chain.sh instructgpt       cold start, reward model, then PPO with it as reward and critic
+#   bash scripts/run_chain.sh zephyr            cold start, then DPO
+#   bash scripts/run_chain.sh arithmetic_sft arithmetic_gspo -- run.threads=2      runs by name; behind -- words for all
+# Started again it goes on where it stopped: a run that is done has nothing to do. PROCESSES=4 takes so many, not 2.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+runs=() words=()
+while (($#)); do
+    case "$1" in
+        -h | --help) sed -n '2,7s/^# \{0,1\}//p' "scripts/run_chain.sh"; exit 0 ;;
+        --) shift; words=("$@"); break ;;
+        r1) runs+=(arithmetic_sft arithmetic_grpo) ;;
+        instructgpt) runs+=(arithmetic_sft arithmetic_reward arithmetic_ppo_reward) ;;
+        zephyr) runs+=(arithmetic_sft arithmetic_dpo) ;;
+        *) runs+=("$1") ;;
+    esac
+    shift
+done
+((${#runs[@]})) || { printf 'run_chain: name a chain (r1, instructgpt, zephyr) or runs of conf/run/\n' >&2; exit 2; }
+for run in "${runs[@]}"; do
+    [[ -f "conf/run/$run.yaml" ]] || { printf 'run_chain: there is no conf/run/%s.yaml\n' "$run" >&2; exit 2; }
+done
+if [[ "${runs[*]}" == *arithmetic_* && ! -d assets/arithmetic ]]; then python scripts/prepare_arithmetic.py; fi
+for run in "${runs[@]}"; do
+    printf '\n== %s\n' "$run"
+    torchrun --standalone --nproc_per_node "${PROCESSES:-2}" train.py run="$run" ${words[@]+"${words[@]}"}
+done
