@@ -122,7 +122,7 @@ def train_preferences(
         mine = split_rows(light_rows(rows), groups.dp.rank, groups.dp.size, micro_rows)
         batches = [local(collate(in_one([rows[row.pieces[0]] for row in part]))) for part in mine]
         count, tokens = groups.sum([stage.count(batches), float(sum(len(batch.tokens_T) for batch in batches))])
-        batches = prepare(batches, None)
+        batches = prepare(batches, [])
         routers.begin(groups.data.size / tokens)
         result = engine.train_step(batches, stage.forward, count, optim.lr_at(step, 100))
         routers.finish(groups.sum_tensor)

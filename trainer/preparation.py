@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -44,12 +44,18 @@ class Preparation:
     engine: Engine
     reference: Scorer | None
     others: Callable[[Sequence[Row] | None], list[MicroBatch]]
+    held_out: list[MicroBatch] = field(default_factory=list)
+    """What is held out is the same in every evaluation, and so is what the reference says of it."""
 
     def __call__(self, batches: list[MicroBatch], rows: Sequence[Row] | None) -> list[MicroBatch]:
         """The micro-batches with ``reference``, ``baseline`` and ``sft_scale`` among their facts, as far as the loss
         reads them and this rank computes it."""
-        if self.reference is not None:
+        if self.reference is not None and rows is not None:
             batches = with_reference(batches, self.reference, self.groups.cp)
+        elif self.reference is not None:
+            if not self.held_out:
+                self.held_out.extend(with_reference(batches, self.reference, self.groups.cp))
+            batches = list(self.held_out)
         if isinstance(self.stage, Kto):
             baseline = self._baseline(rows)
             batches = [_with_fact(batch, "baseline", baseline) for batch in batches]

@@ -145,3 +145,21 @@ def test_reward(padded: dict[str, torch.Tensor], tmp_path: Path) -> None:
     batch = collate(documents(padded, lambda n: {**in_pairs(n), "margin": float(margin[n % PAIRS])}))
     decoder = opened(model, tmp_path)
     same(loss_of(stage, decoder, batch), decoder, expected, model)
+
+
+def test_the_reference_scores_what_is_held_out_once(padded: dict[str, torch.Tensor], ours: Any) -> None:
+    asked: list[int] = []
+
+    def score(batches: Any, forward: Any) -> list[Any]:
+        asked.append(len(batches))
+        return Asked(ours[1]).score(batches, forward)
+
+    reference: Any = SimpleNamespace(score=score)
+    stage: Any = build_stage(DpoConfig(), 1)
+    prepare = Preparation(stage, ALL, Asked(ours[0]), reference, lambda rows: [])  # pyright: ignore
+    batches = [collate(documents(padded, in_pairs))]
+    first, again = prepare(batches, None), prepare(batches, None)
+    assert asked == [1]
+    assert torch.equal(first[0].doc_facts["reference"], again[0].doc_facts["reference"])
+    prepare(batches, [])
+    assert asked == [1, 1], "of a step anew"
