@@ -21,17 +21,15 @@ from trainer.stages.ppo import PpoConfig
 
 GRPO = GrpoConfig(kl="loss", entropy_coef=0.01)
 GSPO = GrpoConfig(ratio="sequence", mini_batches=2, clip_low=0.003, clip_high=0.004)
-PPO = PpoConfig()
+PPO = PpoConfig(mini_batches=1)
 ROWS: list[tuple[str, PolicyConfig, int, dict[str, Any], int]] = [
     # model, stage, processes, layout, ZeRO
     ("llama", GRPO, 2, {"tp": 2, **SP}, 1),
     ("llama", PPO, 2, {"tp": 2, **SP}, 2),
     ("llama_deep", GRPO, 2, {"pp": 2}, 1),
     ("llama_deep", PPO, 2, {"pp": 2, "schedule": "zbv"}, 0),
-    ("llama", GRPO, 2, {"cp": 2}, 1),
     ("llama", PPO, 2, {"cp": 2, "context": "ulysses"}, 1),
     ("llama", GSPO, 2, {"cp": 2}, 2),
-    ("llama", GRPO, 2, {}, 3),
     ("llama", PPO, 4, {"tp": 2}, 3),
     ("mixtral", GRPO, 2, {"ep": 2}, 2),
     ("mixtral", PPO, 4, {"ep": 2, "tp": 2}, 1),
@@ -73,14 +71,11 @@ def test_a_layout_learns_as_one_process(
     _same_training(expected, found[0])
 
 
-@pytest.mark.parametrize(("size", "layout"), [(2, {"tp": 2, **SP}), (2, {"pp": 2})], ids=["tp2", "pp2"])
-def test_an_adapter_learns_and_writes_as_in_one_process(
-    size: int, layout: dict[str, Any], pool: Callable[[int], Pool]
-) -> None:
+def test_an_adapter_learns_and_writes_as_in_one_process(pool: Callable[[int], Pool]) -> None:
     """The generator has the adapter too, and without it the policy is its own reference."""
     given = {"adapter": LoraConfig(rank=4), "steps": 2}
     expected = pool(1).run(rl_cases.rl_steps, GRPO, model_of("llama_deep"), ParallelConfig(), **given)[0]
-    found = pool(size).run(rl_cases.rl_steps, GRPO, model_of("llama_deep"), ParallelConfig(**layout), **given)[0]
+    found = pool(2).run(rl_cases.rl_steps, GRPO, model_of("llama_deep"), ParallelConfig(pp=2), **given)[0]
     assert found["texts"] == expected["texts"]
     _same_training(expected, found)
     before, after = (metrics["train/kl"] for metrics in expected["metrics"])

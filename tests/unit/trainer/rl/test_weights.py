@@ -15,17 +15,14 @@ from tests.pool import Pool
 SP: dict[str, Any] = {"sequence_parallel": True}
 COPIED: list[tuple[str, int, dict[str, Any], int, int]] = [
     # model, processes, layout, ZeRO, the generator's tp
-    ("llama", 1, {}, 3, 1),
     ("llama_odd_vocab", 2, {"tp": 2, **SP}, 1, 1),
     ("llama_one_kv", 4, {"tp": 2}, 2, 4),
     ("llama_deep", 2, {"pp": 2, "schedule": "zbv"}, 1, 2),
-    ("llama_biases", 4, {"pp": 2, "tp": 2}, 0, 1),
     ("qwen3", 4, {"tp": 2}, 3, 2),
     ("mixtral", 4, {"ep": 2, "tp": 2}, 2, 2),
     ("deepseek_v3", 4, {"ep": 2, "pp": 2}, 1, 1),
 ]
 SHARED: list[tuple[str, int, dict[str, Any], int, int]] = [
-    ("llama", 1, {}, 0, 1),
     ("deepseek_v3", 2, {"tp": 2, **SP}, 1, 2),
     ("llama", 2, {"cp": 2}, 2, 1),
 ]
