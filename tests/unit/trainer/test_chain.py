@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from models.config import RopeConfig
+from scripts.config_table import composed
 from scripts.params import load_model
 from tests.convert_cases import tiny
 from tests.unit.data.conftest import make_tokenizer
 from trainer import chain, manifest
 from trainer.chain import Link
+from trainer.config import check
+from trainer.door import load
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -174,3 +177,13 @@ def test_a_damaged_manifest_is_the_users_to_mend(parent: Path) -> None:
     (parent / manifest.NAME).write_text("{}")
     with pytest.raises(ValueError, match="damaged"):
         manifest.read(parent)
+
+
+def test_the_check_before_the_start_asks_the_chain(made: Path, parent: Path, tmp_path: Path) -> None:
+    """Composed as a user would: another tokenizer than that of the run it starts from."""
+    other = changed_tokenizer(made, tmp_path / "other", other_order)
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
+    words = ["model=hf", f"init_from={parent}", f"data.sources=[{{path: {tmp_path}/chats.jsonl}}]", "data.seq_len=64"]
+    for tokenizer, keys in ((made, []), (other, ["data.tokenizer"])):
+        cfg = load(composed([*words, "run.steps=1", f"data.tokenizer={tokenizer}"]))
+        assert [problem.key for problem in check(cfg, 1)] == keys
