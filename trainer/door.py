@@ -39,6 +39,7 @@ PATH_KEYS = (
     "rollout.reward_model",
     "run.dir",
     "run.resume",
+    "stage.critic",
     "stage.reference",
 )
 
