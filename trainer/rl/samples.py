@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,13 +16,18 @@ import torch.distributed as dist
 from torch import nn
 
 from data.batch import Document, MicroBatch
-from parallel.engine import Engine
-from parallel.frozen import Frozen
+from parallel.engine import Forward
 from parallel.groups import Groups
 from trainer.rl.packing import SAMPLE, Packer
 from trainer.rollout.types import Rollout
 
-Model = Engine | Frozen
+
+class Model(Protocol):
+    """What can be asked about micro-batches: an engine, a frozen model."""
+
+    def score(self, micro_batches: Sequence[Any], forward: Forward) -> list[Any]:
+        """See `Engine.score`."""
+        ...
 
 
 @dataclass(frozen=True)
