@@ -210,6 +210,17 @@ def test_refusals(runs: Runs, stage: str, more: dict[str, Any], said: str) -> No
     assert said in runs.refused(stage, **given)
 
 
+def test_a_reference_of_another_size_but_not_of_another_vocabulary(runs: Runs) -> None:
+    texts = {"data__eval_fraction": 0, "data__sources": sft_rows(runs), "run__steps": 1}
+    runs.run("wide", "sft", model__vocab_size=768, **texts)
+    said = runs.refused("dpo", stage__reference=runs.folder / "runs" / "wide")
+    assert "stage.reference" in said and "768" in said
+    runs.run("narrow", "sft", model__hidden_size=32, model__head_dim=8, **texts)
+    runs.run("dpo_narrow", "dpo", run__steps=1, stage__reference=runs.folder / "runs" / "narrow")
+    (step,) = runs.metrics("dpo_narrow", "train")
+    assert abs(step["train/margin"]) > 1e-3, "the reference is another model"
+
+
 def test_nothing_is_left_to_prefer(runs: Runs) -> None:
     """Pairs of equal texts are the gate's; a run of nothing else does not start."""
     file = runs.folder / "equal.jsonl"
