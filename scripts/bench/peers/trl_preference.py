@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer and RewardTrainer on the pairs. Every useful token of both answers counts, as it enters the policy."""
+"""TRL's DPOTrainer and RewardTrainer on the pairs. Tokens are the useful ones of both answers, prompts included."""
 
 from __future__ import annotations
 
