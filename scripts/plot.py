@@ -225,7 +225,7 @@ def draw(runs: list[History], names: list[str], smoothing: float = 0.0) -> Figur
             axes = figure.add_subplot(next(places), sharex=main)
             for run, look in zip(runs, looks, strict=True):
                 _line(axes, run, metric, look, 0.0, None)
-                if metric.startswith("rollout/"):
+                if metric.startswith("rollout/") and metric != "rollout/flat_groups":  # greedy texts are all alike
                     _held_out(axes, run, metric.replace("rollout/", "eval/", 1), look, None)
             _finish(axes, title, unit)
             _fit_y(axes, metric)
