@@ -29,6 +29,7 @@ from trainer.rl.checks import critic_start, tp_fault
 from trainer.rl.learner import Learner
 from trainer.rl.packing import Packer
 from trainer.rl.weights import GeneratorWeights, TrainedItself, generates
+from trainer.sharing import sharing_fault
 from trainer.stages.policy import Policy
 from trainer.stages.policy_config import PolicyConfig
 from trainer.stages.ppo import Critic, PpoConfig
@@ -64,8 +65,13 @@ def contract(cfg: RunConfig, stage: PolicyConfig) -> str:
 
 
 def packer_of(cfg: RunConfig, groups: Groups) -> Packer:
-    """Micro-batches as the data section asks."""
-    return Packer(cfg.data.seq_len, cfg.data.micro_batch_rows, groups, cfg.parallel)
+    """Micro-batches as the data section asks; answers have their prompt in common where every model allows it."""
+    stage = cfg.stage
+    assert isinstance(stage, PolicyConfig)
+    named = (stage.reference, cfg.rollout.reward_model, stage.critic if isinstance(stage, PpoConfig) else None)
+    models_asked = [cfg.model, *(folders.model_in(folder) for folder in named if folder is not None)]
+    share = all(sharing_fault(model, cfg.parallel) is None for model in models_asked)
+    return Packer(cfg.data.seq_len, cfg.data.micro_batch_rows, groups, cfg.parallel, share)
 
 
 def critic_model(cfg: RunConfig, stage: PpoConfig) -> ModelConfig:

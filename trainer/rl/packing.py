@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from data.batch import Document, MicroBatch, Row, collate, split_ragged
+from data.batch import Document, MicroBatch, Row, collate, shared_tokens, split_ragged
 from data.packing import best_fit, group_by_row
 from parallel.config import ParallelConfig
 from parallel.groups import Groups
@@ -19,6 +19,8 @@ from trainer.loop import on_device
 
 SAMPLE = "sample"
 """The fact that says which sample a document is; -1 in a micro-batch that only fills up."""
+GROUP = "group"
+"""The fact that says which prompt a document answers."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Packer:
     """Rows of a micro-batch."""
     groups: Groups
     layout: ParallelConfig
+    share: bool = False
+    """Answers to one prompt that come into one micro-batch have it in common once."""
 
     def micro_batches(self, documents: Sequence[Document]) -> list[MicroBatch]:
         """This rank's part: the micro-batches of all dp ranks hold every document once, each rank has equally many.
@@ -44,17 +48,43 @@ class Packer:
             count = next_micro_batches(self.layout.schedule, self.layout.pp, count)
         mine = split_ragged(_split(rows, count * dp.size), dp.rank, dp.size, self.micro_batch_rows, count)
         assert len(mine) == count, "more rows than were counted"
-        whole = [
-            collate([documents[i] for row in part for i in row.pieces] or [_nothing(documents[0])]) for part in mine
-        ]
+        chosen = [[documents[i] for row in part for i in row.pieces] or [_nothing(documents[0])] for part in mine]
+        whole = [collate(part, GROUP if self.share else None) for part in chosen]
         parts = [local_part(batch, self.groups.cp, self.layout.context) for batch in whole]
         return [on_device(batch, self.groups.device) for batch in parts]
 
     def _rows(self, documents: Sequence[Document]) -> list[Row]:
-        lengths = np.array([len(each.tokens_L) for each in documents], dtype=np.int64)
-        grouped, starts = group_by_row(best_fit(lengths, self.seq_len))
-        members = [grouped[a:b] for a, b in pairwise(starts)]
-        return [Row(tuple(part.tolist()), tuple(lengths[part].tolist())) for part in members]
+        if self.share:
+            units = [unit for group in _groups(documents) for unit in _units(documents, group, self.seq_len)]
+        else:
+            units = [Row((number,), (len(each.tokens_L),)) for number, each in enumerate(documents)]
+        grouped, starts = group_by_row(best_fit(np.array([unit.num_tokens for unit in units]), self.seq_len))
+        members = [[units[i] for i in grouped[a:b]] for a, b in pairwise(starts)]
+        return [
+            Row(tuple(i for unit in part for i in unit.pieces), tuple(n for unit in part for n in unit.lengths))
+            for part in members
+        ]
+
+
+def _groups(documents: Sequence[Document]) -> list[list[int]]:
+    """The numbers of the answers to each prompt, the longest first, as `collate` has them."""
+    groups: dict[float, list[int]] = {}
+    for number in sorted(range(len(documents)), key=lambda number: -len(documents[number].tokens_L)):
+        groups.setdefault(documents[number].facts[GROUP], []).append(number)
+    return list(groups.values())
+
+
+def _units(documents: Sequence[Document], group: Sequence[int], seq_len: int) -> list[Row]:
+    """As many answers to a prompt side by side as a row holds: the first whole, of the others what is their own."""
+    units: list[Row] = []
+    for number in group:
+        whole, last = len(documents[number].tokens_L), units[-1] if units else None
+        own = whole if last is None else whole - shared_tokens(documents[last.pieces[0]], documents[number])
+        if last is not None and last.num_tokens + own <= seq_len:
+            units[-1] = Row((*last.pieces, number), (*last.lengths, own))
+        else:
+            units.append(Row((number,), (whole,)))
+    return units
 
 
 def _split(rows: list[Row], wanted: int) -> list[Row]:

@@ -18,7 +18,7 @@ from torch import nn
 from data.batch import Document, MicroBatch
 from parallel.engine import Forward
 from parallel.groups import Groups
-from trainer.rl.packing import SAMPLE, Packer
+from trainer.rl.packing import GROUP, SAMPLE, Packer
 from trainer.rollout.types import Rollout
 
 
@@ -89,7 +89,8 @@ class Samples:
             own = slice(self.borders_S1[s], self.borders_S1[s + 1])
             facts = {name: facts[own] for name, facts in facts_M.items()}
             channel = int(self.channel_S[s])
-            found.append(Document(self.tokens[s], self.learn_M[own], channel, {SAMPLE: float(s)}, facts))
+            of_sample = {SAMPLE: float(s), GROUP: float(self.group_S[s])}
+            found.append(Document(self.tokens[s], self.learn_M[own], channel, of_sample, facts))
         return found
 
     def _at_all(self, facts_L: np.ndarray) -> np.ndarray:

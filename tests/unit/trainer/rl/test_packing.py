@@ -12,7 +12,7 @@ import torch
 from data.batch import Document
 from parallel.config import ParallelConfig
 from parallel.sharding import Axis
-from trainer.rl.packing import SAMPLE, Packer
+from trainer.rl.packing import GROUP, SAMPLE, Packer
 
 
 def _documents(lengths: list[int]) -> list[Document]:
@@ -57,3 +57,46 @@ def test_where_documents_are_fewer_than_ranks_something_without_a_target_fills_u
     assert batch.num_targets == 4 and batch.token_facts["advantage"].shape == (5,)
     assert filler.num_targets == 0 and filler.doc_facts[SAMPLE].tolist() == [-1.0]
     assert filler.token_facts.keys() == batch.token_facts.keys()
+
+
+def _answers(groups: dict[int, tuple[int, list[int]]]) -> list[Document]:
+    """Prompts of so many tokens (the same within a group) and answers of so many."""
+    found = []
+    for group, (asked, answers) in groups.items():
+        for length in answers:
+            tokens = np.concatenate([np.full(asked, group), 100 + np.arange(length)])
+            facts = {SAMPLE: float(len(found)), GROUP: float(group)}
+            learn = np.arange(len(tokens)) >= asked
+            found.append(Document(tokens, learn, 0, facts, {"advantage": learn * 1.0}))
+    return found
+
+
+def _shared(documents: list[Document], seq_len: int, dp: int = 1) -> list[list[Any]]:
+    found = []
+    for rank in range(dp):
+        groups: Any = SimpleNamespace(dp=Axis(dp, rank), cp=Axis(), device=torch.device("cpu"))
+        found.append(Packer(seq_len, 1, groups, ParallelConfig(), share=True).micro_batches(documents))
+    return found
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_row_holds_as_many_answers_as_it_has_room_for_beside_their_prompt(dp: int) -> None:
+    """A prompt of 6 with answers of 4, 4, 3, 3: 10 + 5 tokens, then the prompt again with the others, 9 + 4, beside a
+    whole document of 3. The second prompt's answers are 11 + 4: a prompt's last token stays with each answer."""
+    documents = _answers({0: (6, [3, 4, 3, 4]), 1: (5, [6, 3]), 2: (2, [1])})
+    found = [batch for batches in _shared(documents, 16, dp) for batch in batches]
+    samples = sorted(int(s) for batch in found for s in batch.doc_facts[SAMPLE].tolist())
+    assert samples == list(range(7))
+    assert dp == 2 or sorted(len(batch.tokens_T) for batch in found) == [15, 15, 16]
+    assert all(len(batch.tokens_T) <= 16 for batch in found)
+    learnt = sum(int((batch.targets_T >= 0).sum()) for batch in found)
+    assert learnt == 24 and sum(float(batch.token_facts["advantage"].sum()) for batch in found) == 24
+
+
+def test_answers_without_a_common_prompt_are_packed_as_without_sharing() -> None:
+    documents = _answers({i: (3, [n]) for i, n in enumerate((13, 6, 4, 2, 2, 2))})
+    alone: Any = SimpleNamespace(dp=Axis(), cp=Axis(), device=torch.device("cpu"))
+    plain = Packer(16, 1, alone, ParallelConfig()).micro_batches(documents)
+    shared = _shared(documents, 16)[0]
+    assert [batch.tokens_T.tolist() for batch in shared] == [batch.tokens_T.tolist() for batch in plain]
+    assert not any(batch.branches for batch in shared)
