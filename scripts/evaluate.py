@@ -161,7 +161,8 @@ def _corpora(args: argparse.Namespace, run: RunConfig | None, opened: Opened, fo
     corpora = []
     if run is not None:
         if not isinstance(run.stage, NextTokenConfig):
-            learnt = {"preference": "preference pairs", "unpaired": "judged answers"}[run.stage.learns_from]
+            kinds = {"preference": "preference pairs", "unpaired": "judged answers", "prompts": "its own texts"}
+            learnt = kinds[run.stage.learns_from]
             raise ValueError(
                 f"the run in {args.run} (stage {run.stage.name}) learnt from {learnt}, of which no loss of texts can "
                 "be taken; its eval/ metrics are in its metrics.jsonl. Name texts with --data"

@@ -119,6 +119,9 @@ class DpoConfig:
 class Dpo:
     """A loss of pairs of log-probabilities.
 
+    Accuracy compares rewards, all of them 0 before the first step of a policy that is its own reference. The share of
+    pairs whose chosen answer the policy itself finds more probable, ``preferred``, can be compared over time.
+
     Micro-batches come with `doc_facts["reference"]`, where the loss has a reference, and `doc_facts["sft_scale"]`
     (pairs / chosen tokens of the global batch), where it has a next-token term; see ``trainer.preparation``.
 
@@ -130,6 +133,7 @@ class Dpo:
 
     columns = (
         *PAIR_COLUMNS,
+        Column("preferred", over="pairs"),
         Column("chosen_log_prob", over="chosen_tokens"),
         Column("rejected_log_prob", over="rejected_tokens"),
         Column("chosen_tokens"),
@@ -170,7 +174,8 @@ class Dpo:
             loss_P = loss_P + self.cfg.weight_of_sft * scale_P * negative_log_likelihood(pairs)
         rewards = implicit_rewards(pairs, self.cfg.loss, self.cfg.beta)
         counts = pairs.chosen_tokens_P, pairs.rejected_tokens_P
-        terms = pair_terms(loss_P, *rewards, pairs.chosen_P, pairs.rejected_P, *counts)
+        preferred_P = pairs.chosen_P > pairs.rejected_P
+        terms = pair_terms(loss_P, *rewards, preferred_P, pairs.chosen_P, pairs.rejected_P, *counts)
         channel_P = batch.doc_channel_N[documents_P2[:, 0]]
         return weight * loss_P.sum(), by_channel([t / self.cp.size for t in terms], channel_P, self.num_channels)
 
