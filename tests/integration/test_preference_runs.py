@@ -109,7 +109,7 @@ def test_dpo_learns_reports_by_channel_and_on_held_out_pairs(runs: Runs) -> None
     assert held_out[0]["eval/loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert held_out[-1]["eval/accuracy"] == 1 and held_out[-1]["eval/margin"] > 0.5
     for channel in ("odd", "third"):
-        for column in ("loss", "accuracy", "margin", "chosen_reward", "rejected_log_prob", "pairs"):
+        for column in ("loss", "accuracy", "preferred", "margin", "chosen_reward", "rejected_log_prob", "pairs"):
             assert f"eval/{channel}/{column}" in held_out[-1]
             assert f"channel/{channel}/{column}" in steps[-1]
     last = steps[-1]
