@@ -33,6 +33,8 @@ ROWS, SEQ_LEN = 8, 64
 STAGES: dict[str, Any] = {
     "reward": RewardConfig(margin=0.25, label_smoothing=0.1, centring=0.05),
     "dpo": DpoConfig(beta=0.3, label_smoothing=0.1, sft_weight=0.2),
+    "reward_shared": RewardConfig(margin=0.25, label_smoothing=0.1, centring=0.05, share_prompt=True),
+    "dpo_shared": DpoConfig(beta=0.3, label_smoothing=0.1, sft_weight=0.2, share_prompt=True),
     "ipo": DpoConfig(loss="ipo", beta=0.3),
     "simpo": DpoConfig(loss="simpo", beta=2.0, gamma=0.5),
     "orpo": DpoConfig(loss="orpo", beta=0.3),
@@ -94,6 +96,7 @@ def train_preferences(
     engine = make_engine(cfg, engine_cfg, optim, groups, InitSource(cfg, seed=3), layout)
     stage = build_stage(stage_cfg, len(NAMES), groups.cp)
     unpaired = stage_cfg.learns_from == "unpaired"
+    share = "pair" if stage_cfg.share_prompt else None
     rows: list[Any] = []
 
     def local(batch: MicroBatch) -> MicroBatch:
@@ -120,7 +123,7 @@ def train_preferences(
     for step in range(steps):
         rows = samples(step, unpaired, cfg.vocab_size)
         mine = split_rows(light_rows(rows), groups.dp.rank, groups.dp.size, micro_rows)
-        batches = [local(collate(in_one([rows[row.pieces[0]] for row in part]))) for part in mine]
+        batches = [local(collate(in_one([rows[row.pieces[0]] for row in part]), share)) for part in mine]
         count, tokens = groups.sum([stage.count(batches), float(sum(len(batch.tokens_T) for batch in batches))])
         batches = prepare(batches, [])
         routers.begin(groups.data.size / tokens)

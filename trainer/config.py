@@ -27,6 +27,7 @@ from trainer.optim import OptimConfig
 from trainer.problems import Problem, format_problems, nearest
 from trainer.rl import checks as rl_checks
 from trainer.rollout.config import RolloutConfig
+from trainer.sharing import sharing_fault
 from trainer.stages import DpoConfig, NextTokenConfig, PolicyConfig, RewardConfig, StageConfig
 
 __all__ = ["Machine", "Problem", "RunConfig", "RunSection", "check", "format_problems", "ignored"]
@@ -232,7 +233,16 @@ def _stage(cfg: RunConfig, world_size: int) -> list[Problem]:
         other = "lm" if head == "scalar" else "scalar"
         reason = f"stage.name={stage.name} cannot train a model that {gives}"
         found.append(Problem("model.head", head, reason, f"model.head={other}"))
+    if shares_prompts(stage) and (fault := sharing_fault(cfg.model, cfg.parallel)):
+        key, value, why, way = fault
+        reason = f"the answers of a pair cannot have their prompt in common: {key}={value} {why}"
+        found.append(Problem("stage.share_prompt", True, reason, f"stage.share_prompt=false or {way}"))
     return found
+
+
+def shares_prompts(stage: StageConfig) -> bool:
+    """Whether both answers of a pair shall have their prompt in common."""
+    return isinstance(stage, (DpoConfig, RewardConfig)) and stage.share_prompt and stage.learns_from == "preference"
 
 
 def _reference(cfg: RunConfig, world_size: int) -> list[Problem]:

@@ -24,7 +24,7 @@ from parallel.groups import Groups, LauncherRanks, build_groups
 from parallel.watch import watching
 from trainer import checkpoint, folders, provenance
 from trainer.build import make_engine, weights_of
-from trainer.config import RunConfig, check, format_problems
+from trainer.config import RunConfig, check, format_problems, shares_prompts
 from trainer.door import to_yaml
 from trainer.introduction import introduce, open_log
 from trainer.loop import Progress, Trainer
@@ -63,6 +63,8 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
     saved = to_resume(cfg, run_dir)
     source = weights_of(cfg, saved)  # before the data, which may take an hour to read
     corpus = _read_data(cfg, groups, run_dir)
+    if shares_prompts(cfg.stage):
+        corpus = corpus.sharing_prompts()
     total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * corpus.rows_per_epoch / cfg.data.global_batch_rows)
     progress = Progress(saved.state["step"], saved.state["position"]) if saved else Progress()
     stage = build_stage(cfg.stage, len(corpus.channels), groups.cp)

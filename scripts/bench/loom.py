@@ -65,7 +65,9 @@ def _count_steps(turns: Counter) -> None:
     def counted(self: Engine, micro_batches: Sequence[Any], *args: Any, **kwargs: Any) -> StepResult:
         nonlocal tokens
         shared_by = self.groups.tp.size * self.groups.pp.size  # they have the same tokens, each counts its share
-        tokens = sum(batch.tokens_T.numel() for batch in micro_batches) // shared_by
+        # What answers have in common is computed once and useful to each of them.
+        useful = (batch.tokens_T.numel() + sum(kept for _, kept in batch.branches) for batch in micro_batches)
+        tokens = sum(useful) // shared_by
         return train_step(self, micro_batches, *args, **kwargs)
 
     Engine.train_step = counted

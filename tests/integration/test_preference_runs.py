@@ -130,6 +130,15 @@ def test_two_processes_and_a_resume_go_on_as_one_run(runs: Runs) -> None:
     same(runs.metrics("whole", "eval")[-1:], runs.metrics("cut", "eval")[-1:])
 
 
+def test_a_prompt_that_is_computed_once_changes_nothing(runs: Runs) -> None:
+    runs.run("apart", "dpo")
+    runs.run("together", "dpo", 2, stage__share_prompt="true")
+    same(runs.metrics("apart", "train"), runs.metrics("together", "train"))
+    same(runs.metrics("apart", "eval"), runs.metrics("together", "eval"))
+    said = runs.refused("dpo", stage__share_prompt="true", model="tiny_mixtral")
+    assert "stage.share_prompt = true" in said and "routers" in said and "stage.share_prompt=false" in said
+
+
 def test_a_reference_computed_once_is_not_in_memory(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.run("live", "dpo")
     frozen = preference_cases.count_frozen

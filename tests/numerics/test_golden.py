@@ -16,8 +16,8 @@ from models import ModelConfig
 from parallel.config import EngineConfig
 from tests import cases
 from trainer import typed
-from trainer.optim import OptimConfig
 from trainer.build import make_engine
+from trainer.optim import OptimConfig
 from trainer.stages.next_token import NextToken
 
 ROOT = Path(__file__).resolve().parents[2]

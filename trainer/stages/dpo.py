@@ -59,6 +59,9 @@ class DpoConfig:
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once, before the first step, and keep them beside the token cache:
     then the reference's weights are not in memory while training."""
+    share_prompt: bool = False
+    """Compute what both answers of a pair begin with once: less work for long prompts and short answers. Not with
+    context parallel, routers or dynamic rope."""
 
     @property
     def learns_from(self) -> Literal["preference", "unpaired"]:
@@ -106,6 +109,7 @@ class DpoConfig:
             "undesirable_weight": self.loss == "kto",
             "reference": self.needs_reference,
             "precompute_reference": self.needs_reference,
+            "share_prompt": self.learns_from == "preference",
         }
         given = [name for name, read in readers.items() if not read and getattr(self, name) != getattr(DpoConfig, name)]
         shown = {True: "true", False: "false"}

@@ -34,6 +34,9 @@ class RewardConfig:
     """Share of pairs whose labels are believed to be swapped."""
     centring: float = 0.0
     """Weight of (chosen + rejected score) squared, which keeps scores around 0; 0.01 is usual."""
+    share_prompt: bool = False
+    """Compute what both answers of a pair begin with once: less work for long prompts and short answers. Not with
+    context parallel, routers or dynamic rope."""
 
     @property
     def learns_from(self) -> Literal["preference"]:

@@ -49,6 +49,11 @@ ROWS = [
     row("dpo", 2, "moe", ep=2, zero=2, micro=4),
     row("dpo", 4, tp=2, pp=2, micro=2),
     row("dpo", 4, cp=2, zero=2, micro=2),
+    # against pairs whose answers have a prompt each
+    row("reward_shared", 2, tp=2, **SP, micro=4),
+    row("dpo_shared", 1, zero=0, micro=8),
+    row("dpo_shared", 2, zero=3, micro=2),
+    row("dpo_shared", 4, "deep", tp=2, pp=2, micro=2),
     row("ipo", 2, cp=2, micro=4),
     row("orpo", 2, zero=2, micro=4),
     row("simpo", 2, tp=2, **SP, micro=4),
@@ -66,7 +71,8 @@ class References:
         self._found: dict[tuple[str, str], dict[str, Any]] = {}
 
     def of(self, stage: str, model: str) -> dict[str, Any]:
-        """All rows in one micro-batch."""
+        """All rows in one micro-batch, no answer without its own prompt."""
+        stage = stage.removesuffix("_shared")
         if (stage, model) not in self._found:
             cfg = preference_cases.STAGES[stage]
             run = self.pool(1).run(preference_cases.train_preferences, cfg, 1, 8, model=MODELS[model])
