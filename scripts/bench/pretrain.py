@@ -1,7 +1,7 @@
 """Pretraining speed against the peers: ``python scripts/bench/pretrain.py [--quick] [--peers | --layouts]``.
 
 Prints tokens per CPU-second as ratios to the plain loop, wall ratios and peak memory, and appends every turn to
-``runs/bench/pretrain.jsonl``. ``--peers`` adds the HF Trainer alone and under DeepSpeed (requirements-bench.txt).
+``runs/bench/pretrain.jsonl``. ``--peers`` adds the HF Trainer alone and under DeepSpeed (requirements-dev.txt).
 ``--layouts`` compares layouts of two processes instead; every contender then makes its step of the same four
 micro-batches, so that pipelines have something to fill.
 """
