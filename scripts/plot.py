@@ -64,6 +64,7 @@ class Goal:
 
 _GOALS = (
     Goal("Reward", "mean reward", "rollout/reward", "reward"),
+    Goal("Preferred by the policy", "share of pairs", "train/preferred", "preferred"),
     Goal("Accuracy", "share of pairs", "train/accuracy", "accuracy"),
     Goal("Loss", "nats per token", "train/loss", "loss"),
 )
@@ -76,6 +77,7 @@ _LOWER_PANELS = (
 # The same, drawn where a run measured it and is about something else than its loss.
 _MORE_PANELS = (
     ("Preference loss", "train/loss", "nats per pair"),
+    ("Accuracy of rewards", "train/accuracy", "share of pairs"),
     ("Margin", "train/margin", "reward"),
     ("Length of answers", "rollout/length", "tokens"),
     ("Cut off", "rollout/truncated", "share of samples"),
