@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import torch
 from convert.peft_files import read_peft, write_peft
 from models import ModelConfig
 from models.adapters.config import Ia3Config, LoraConfig
-from parallel.groups import ALL_DATA
+from parallel.groups import ALL_DATA, Groups
+from parallel.sharding import Axis
 from tests import adapter_cases, peft_reference
-from tests.cases import TINY, here, my_parts
+from tests.cases import TINY, my_parts
+from tests.pool import Pool
 
 TOLERANCE = 1e-5
+ONE = Groups(0, 1, torch.device("cpu"), Axis())
+"""For the batches: in this process no group is joined, other tests count on that."""
 MIXED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 QWEN = dataclasses.replace(TINY, family="qwen2", qkv_bias=True, tied_embeddings=True)
 
@@ -52,19 +57,19 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("cfg", "made"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
-def test_trains_as_peft_does(cfg: ModelConfig, made: Any, tmp_path: Path) -> None:
+def test_trains_as_peft_does(cfg: ModelConfig, made: Any, tmp_path: Path, pool: Callable[[int], Pool]) -> None:
     """From an adapter that peft saved; then peft loads the one that was trained here."""
     adapter, theirs = made()
     base = peft_reference.base_folder(cfg, tmp_path / "base")
     model = peft_reference.random_adapter(base, tmp_path / "start", theirs)
-    steps = [my_parts(step, here(), ALL_DATA, 8) for step in range(3)]
+    steps = [my_parts(step, ONE, ALL_DATA, 8) for step in range(3)]
     plain = peft_reference.hf_model(base)
     without = [
         float(sum(peft_reference.losses_of(plain, batch) for batch in batches)) / sum(b.num_targets for b in batches)
         for batches in steps
     ]
     expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
-    found = adapter_cases.train(cfg, adapter, start=str(tmp_path / "start"), zero=0)
+    found = pool(1).run(adapter_cases.train, cfg, adapter, start=str(tmp_path / "start"), zero=0)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     assert found["off"] == pytest.approx(without, rel=1e-6)
     assert abs(found["off"][0] / found["losses"][0] - 1) > 1e-5
@@ -85,7 +90,7 @@ def test_trains_as_peft_does(cfg: ModelConfig, made: Any, tmp_path: Path) -> Non
     assert found["frozen_gradients"] == 0
 
 
-def test_pissa_is_that_of_peft(tmp_path: Path) -> None:
+def test_pissa_is_that_of_peft(tmp_path: Path, pool: Callable[[int], Pool]) -> None:
     """Each layer's B A and the weight without it; trained, the export beside the base as it was is the same model."""
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
@@ -94,9 +99,9 @@ def test_pissa_is_that_of_peft(tmp_path: Path) -> None:
     options: Any = {"init_lora_weights": "pissa", "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     model = get_peft_model(peft_reference.hf_model(base), Theirs(r=4, lora_alpha=6, **options))
     adapter = LoraConfig(rank=4, alpha=6, init="pissa")
-    steps = [my_parts(step, here(), ALL_DATA, 8) for step in range(3)]
+    steps = [my_parts(step, ONE, ALL_DATA, 8) for step in range(3)]
     expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
-    found = adapter_cases.train(TINY, adapter, zero=0)
+    found = pool(1).run(adapter_cases.train, TINY, adapter, zero=0)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     assert found["off"][0] == pytest.approx(found["losses"][0], rel=1e-6)
     write_peft(tmp_path / "trained", TINY, adapter_cases.gathered(found["weights"], TINY, adapter), str(base))
@@ -106,7 +111,7 @@ def test_pissa_is_that_of_peft(tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_a_base_in_four_bits_is_what_its_codes_mean(tmp_path: Path) -> None:
+def test_a_base_in_four_bits_is_what_its_codes_mean(tmp_path: Path, pool: Callable[[int], Pool]) -> None:
     """Trained beside packed weights, as peft beside the weights that bitsandbytes unpacks."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -118,8 +123,8 @@ def test_a_base_in_four_bits_is_what_its_codes_mean(tmp_path: Path) -> None:
         if "_proj." in name and "lora" not in name:
             codes = quantize_4bit(param.data, blocksize=64, quant_type="nf4", compress_statistics=False)
             param.data = dequantize_4bit(*codes)
-    steps = [my_parts(step, here(), ALL_DATA, 8) for step in range(2)]
+    steps = [my_parts(step, ONE, ALL_DATA, 8) for step in range(2)]
     expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
-    found = adapter_cases.train(cfg, adapter, start=str(tmp_path / "start"), zero=0, steps=2)
+    found = pool(1).run(adapter_cases.train, cfg, adapter, start=str(tmp_path / "start"), zero=0, steps=2)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     assert found["bytes"] < 0.6 * 4 * found["parameters"]  # embedding and head stay as they are

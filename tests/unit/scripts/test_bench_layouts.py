@@ -41,7 +41,7 @@ def test_a_contender_reads_the_load_that_it_was_given(load: workload.Load) -> No
     assert (load.of_step(1), load.of_step(2)) == ((4, 4) if load.micro_batches else (1, 2))
 
 
-@pytest.mark.parametrize("tp, pp, share", [(1, 1, 24), (2, 1, 12), (1, 2, 12), (2, 2, 6)])
+@pytest.mark.parametrize("tp, pp, share", [(1, 1, 32), (2, 1, 16), (1, 2, 16), (2, 2, 8)])
 def test_ranks_with_the_same_tokens_share_the_count(
     monkeypatch: pytest.MonkeyPatch, tp: int, pp: int, share: int
 ) -> None:
@@ -52,7 +52,11 @@ def test_ranks_with_the_same_tokens_share_the_count(
     counter: Any = SimpleNamespace(step=lambda tokens, loss: told.append((tokens, loss)))
     loom._count_steps(counter)
     rank = SimpleNamespace(groups=SimpleNamespace(tp=Axis(tp), pp=Axis(pp)))
-    Engine.train_step(rank, [SimpleNamespace(tokens_T=torch.zeros(n)) for n in (16, 8)])  # pyright: ignore
+    batches = [
+        SimpleNamespace(tokens_T=torch.zeros(16), branches=()),
+        SimpleNamespace(tokens_T=torch.zeros(8), branches=((0, 0), (0, 8))),  # 8 tokens are useful to both documents
+    ]
+    Engine.train_step(rank, batches)  # pyright: ignore
     NullLog.step(None, 1, {"train/loss": 2.5})  # pyright: ignore
     assert told == [(share, 2.5)]
 
