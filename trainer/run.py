@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 import data.pipeline
 from convert.source import Source
 from data.batch import MicroBatch
-from data.gate import GateError
 from data.peers import Peers
 from data.pipeline import TrainingData
 from models.config import ModelConfig
@@ -28,6 +26,7 @@ from trainer.config import RunConfig, check, format_problems, shares_prompts
 from trainer.door import to_yaml
 from trainer.introduction import introduce, open_log
 from trainer.loop import Progress, Trainer
+from trainer.reading import behind_the_gate
 from trainer.reference import find_reference, preparation
 from trainer.resuming import save, to_resume
 from trainer.run_folder import run_folder
@@ -129,34 +128,15 @@ def _flops(model: ModelConfig, batch: MicroBatch) -> float:
 
 
 def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
-    """The corpus behind its gate; the report and the list of bad rows go to the run folder also when it refuses.
-
-    Raises:
-        ValueError: the gate refuses, or the tokenizer makes ids the model has no embedding for.
-    """
-    report = None
-    try:
-        corpus = data.pipeline.build(
+    def read(peers: Peers) -> TrainingData:
+        return data.pipeline.build(
             cfg.data,
             tokenizer_folder=None,
             loss_on=cfg.stage.loss_on if isinstance(cfg.stage, NextTokenConfig) else "assistant",
             kind=cfg.stage.learns_from,
             seed=cfg.run.seed,
-            peers=Peers(groups.rank, groups.world, groups.all_gather),
+            peers=peers,
             max_seq_len=cfg.model.max_seq_len,
         )
-        report = corpus.report
-    except GateError as refusal:
-        report = refusal.report
-        raise
-    finally:
-        if groups.is_main and report is not None:
-            (run_dir / "data_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-            report.write_bad_rows(str(run_dir / "bad_rows.jsonl"))
-    if corpus.max_token_id >= cfg.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer} makes "
-            f"ids up to {corpus.max_token_id} on this data, which the embedding does not hold. Take the tokenizer that "
-            f"belongs to the model, or a model with model.vocab_size={corpus.max_token_id + 1} or more."
-        )
-    return corpus
+
+    return behind_the_gate(read, cfg, groups, run_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.gate import GateError
 from data.peers import Peers
 from data.prompts import PromptData, read
 from data.tokenizer import load_tokenizer
@@ -23,6 +21,7 @@ from trainer.inference.loading import renderer_of, stop_tokens_of
 from trainer.introduction import introduce, open_log
 from trainer.logging.log import Log
 from trainer.loop import Progress
+from trainer.reading import behind_the_gate
 from trainer.resuming import save, to_resume
 from trainer.rl import build
 from trainer.rl.collecting import Asks, Collector, Prompts
@@ -60,7 +59,7 @@ def train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> N
     """Train in the run folder as the config says; ``started`` is the time of the start (monotonic)."""
     assert isinstance(cfg.stage, PolicyConfig)
     saved = to_resume(cfg, run_dir)
-    prompts = read_prompts(cfg, groups, run_dir)
+    prompts = _read_prompts(cfg, groups, run_dir)
     cfg.rollout.check_channels(prompts.channels)
     per_step = cfg.rollout.prompts_per_step
     total_steps = cfg.run.steps or math.ceil((cfg.run.epochs or 0) * prompts.prompts_per_epoch / per_step)
@@ -196,29 +195,9 @@ def described(trainer: RlTrainer) -> list[str]:
     return [f"generator: {copies} x tp {tp}, {how}" + (f"; besides the policy: {', '.join(names)}" if names else "")]
 
 
-def read_prompts(cfg: RunConfig, groups: Groups, run_dir: Path) -> PromptData:
-    """The prompts behind their gate; the report goes to the run folder also when it refuses.
-
-    Raises:
-        ValueError: the gate refuses, or the tokenizer makes ids the model has no embedding for.
-    """
-    report = None
-    peers = Peers(groups.rank, groups.world, groups.all_gather)
-    try:
+def _read_prompts(cfg: RunConfig, groups: Groups, run_dir: Path) -> PromptData:
+    def prompts(peers: Peers) -> PromptData:
         longest = cfg.rollout.max_prompt_tokens
-        found = read(cfg.data, tokenizer_folder=None, max_prompt_tokens=longest, seed=cfg.run.seed, peers=peers)
-        report = found.report
-    except GateError as refusal:
-        report = refusal.report
-        raise
-    finally:
-        if groups.is_main and report is not None:
-            (run_dir / "data_report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-            report.write_bad_rows(str(run_dir / "bad_rows.jsonl"))
-    if found.max_token_id >= cfg.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={cfg.model.vocab_size}: the tokenizer in {cfg.data.tokenizer} makes ids up to "
-            f"{found.max_token_id} on these prompts, which the embedding does not hold. Take the tokenizer that "
-            f"belongs to the model, or a model with model.vocab_size={found.max_token_id + 1} or more."
-        )
-    return found
+        return read(cfg.data, tokenizer_folder=None, max_prompt_tokens=longest, seed=cfg.run.seed, peers=peers)
+
+    return behind_the_gate(prompts, cfg, groups, run_dir)
