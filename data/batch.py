@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.pictures.types import Pictures
+
 IGNORED = -100
 """Target of a token whose next token is not learnt."""
 
@@ -45,6 +47,8 @@ class MicroBatch:
     place_T: torch.Tensor | None = None
     """int64 [T]: where the tokens here stand among those of the documents; None = here are all of them, in order.
     Under context parallel a rank has some, while what is told of documents still tells of all."""
+    pictures: Pictures | None = None
+    """What the tokens that stand for pictures show; None where no document has any."""
     branches: tuple[tuple[int, int], ...] = ()
     """For each document who holds its beginning, and how many tokens that is: it begins with the first so many of that
     one, which are here once. Empty = every document has all its tokens."""
@@ -71,7 +75,9 @@ class MicroBatch:
             "cu_seqlens": self.cu_seqlens,
             "max_seqlen": self.max_seqlen,
             "channel_T": self.channel_T,
-        } | ({"branches": self.branches} if self.branches else {})
+            **({"branches": self.branches} if self.branches else {}),
+            **({} if self.pictures is None else {"pictures": self.pictures}),
+        }
 
     @cached_property
     def num_targets(self) -> int:
@@ -109,6 +115,10 @@ class Document:
     """See MicroBatch.doc_facts; all documents of a micro-batch have the same ones."""
     token_facts: Mapping[str, np.ndarray] = field(default_factory=dict)
     """float [L] each, see MicroBatch.token_facts: one number a token of the document."""
+    pictures: Pictures | None = None
+    """Its pictures; `slots_F` counts from its first token."""
+    features: int = 0
+    """Features that the tiles of its pictures have."""
 
 
 def split_rows(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int) -> list[list[Row]]:
@@ -170,7 +180,16 @@ def collate(documents: Sequence[Document], share: str | None = None) -> MicroBat
         doc_facts={name: torch.tensor([doc.facts[name] for doc in docs], dtype=torch.float64) for name in facts},
         token_facts={name: _at_targets([doc.token_facts[name] for doc in docs], learn_T) for name in token_facts},
         branches=branches if kept_N.any() else (),
+        pictures=_pictures_of(docs, borders),
     )
+
+
+def _pictures_of(docs: Sequence[Document], borders: np.ndarray) -> Pictures | None:
+    seen = [(doc, int(start)) for doc, start in zip(docs, borders, strict=False) if doc.pictures is not None]
+    if not seen:
+        return None
+    parts = [doc.pictures for doc, _ in seen if doc.pictures is not None]
+    return Pictures.join(parts, [start for _, start in seen], [doc.features for doc, _ in seen])
 
 
 def _side_by_side(docs: Sequence[Document], share: str) -> list[Document]:
@@ -201,6 +220,7 @@ def shared_tokens(holder: Document, other: Document) -> int:
 def _behind(doc: Document, tokens: int) -> Document:
     """The document without its first tokens."""
     rest = {name: fact_L[tokens:] for name, fact_L in doc.token_facts.items()}
+    assert doc.pictures is None, "a document with pictures shares no beginning"
     return Document(doc.tokens_L[tokens:], doc.learn_L[tokens:], doc.channel, doc.facts, rest)
 
 

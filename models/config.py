@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from models.vision.config import VisionConfig
+
 Problem = tuple[str, object, str, str]
 """key, value, reason, way out"""
 
@@ -168,6 +170,7 @@ class ModelConfig:
     """The first so many layers ignore `sliding_window` (Qwen's max_window_layers)."""
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    vision: VisionConfig | None = None
     init_std: float = 0.02
     head: Literal["lm", "scalar"] = "lm"
 

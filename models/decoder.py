@@ -27,6 +27,7 @@ from models.blocks.rope import Rope
 from models.blocks.router import Tokens
 from models.config import ModelConfig, Runtime
 from models.heads import LMHead, ScalarHead
+from models.vision.eyes import Pictures, build_eyes, see
 from parallel.sharding import SINGLE, Place, tie_ends
 
 PLAIN = Runtime()
@@ -79,6 +80,10 @@ class Decoder(nn.Module):
         self.cfg, self.place, self.runtime, self.chunk = cfg, place, runtime, chunk
         self.rope = Rope(cfg)
         self.embed = token_embedding(cfg, place) if chunk.embeds else None
+        self.vision: nn.Module | None = None
+        self.connector: nn.Module | None = None
+        if cfg.vision is not None and chunk.embeds:
+            self.vision, self.connector = build_eyes(cfg.vision, cfg.hidden_size, place, runtime.recompute == "full")
         if cfg.tied_embeddings and cfg.head == "lm" and self.embed is not None and not chunk.heads:
             tie_ends(self.embed.weight, None, "embed.weight")
         # A dict by layer number, so that names stay those of the whole model.
@@ -108,6 +113,7 @@ class Decoder(nn.Module):
         hidden_RD: torch.Tensor | None = None,
         temperature: float = 1.0,
         branches: Branches | None = None,
+        pictures: Pictures | None = None,
     ) -> Any:
         """Run packed documents.
 
@@ -135,7 +141,7 @@ class Decoder(nn.Module):
         packing = self._packing(tokens_T, positions_T, cu_seqlens, branches)
         if self.embed is not None:
             missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
-            hidden_RD = self.embed(F.pad(tokens_T, (0, missing)) if missing else tokens_T)
+            hidden_RD = self._embedded(F.pad(tokens_T, (0, missing)) if missing else tokens_T, pictures)
         assert hidden_RD is not None, "only the first chunk begins with tokens"
         tokens = Tokens.of(tokens_T, packing.borders, channel_T, self.place)
         hidden_RD = self._layers(hidden_RD, packing, tokens)
@@ -150,6 +156,14 @@ class Decoder(nn.Module):
             return hidden_RD
         rows = self.head(hidden_RD)
         return rows[: tokens_T.shape[0]] if self.place.splits_rows else rows
+
+    def _embedded(self, tokens_T: torch.Tensor, pictures: Pictures | None) -> torch.Tensor:
+        assert self.embed is not None
+        hidden_RD = self.embed(tokens_T)
+        if self.vision is None or self.connector is None or self.cfg.vision is None:
+            assert pictures is None, "a model without a vision tower sees no pictures"
+            return hidden_RD
+        return see(hidden_RD, self.vision, self.connector, pictures, self.cfg.vision, self.place)
 
     def _layers(self, hidden_RD: torch.Tensor, packing: Packing, tokens: Tokens) -> torch.Tensor:
         remake = self.runtime.recompute == "full" and torch.is_grad_enabled()

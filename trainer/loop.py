@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data.batch import MicroBatch, Row
+from data.pictures.types import Pictures
 from data.pipeline import TrainingData
 from models.routing import RouterBook, RouterReport
 from parallel.engine import Engine, StepResult
@@ -135,4 +136,6 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
             moved[field.name] = value.to(device, non_blocking=True)
         elif isinstance(value, Mapping):
             moved[field.name] = {name: each.to(device, non_blocking=True) for name, each in value.items()}
+        elif isinstance(value, Pictures):
+            moved[field.name] = value.to(device)
     return dataclasses.replace(batch, **moved)

@@ -1,0 +1,212 @@
+"""What a model that sees has besides its decoder: the section `model.vision`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Problem = tuple[str, object, str, str]
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The vision transformer: patches of a tile in, one feature a patch out.
+
+    Sources: Dosovitskiy et al. 2021 (ViT); Radford et al. 2021 (CLIP); Zhai et al. 2023 (SigLIP); Chen et al. 2024
+    (InternViT); Wang et al. 2024 (Qwen2-VL).
+    """
+
+    kind: Literal["clip", "siglip", "intern", "qwen2_vl", "qwen2_5_vl"]
+    """Which transformer it is."""
+    hidden_size: int
+    """D of the tower."""
+    intermediate_size: int
+    """Its feed-forward size."""
+    num_layers: int
+    num_heads: int
+    """Of size hidden_size / num_heads."""
+    patch_size: int
+    """Pixels of a patch's side."""
+    image_size: int | None = None
+    """Pixels of a tile's side, whose places have learnt positions; null for the Qwen towers, which turn queries and
+    keys by row and column instead."""
+    norm_eps: float = 1e-5
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "gelu"
+    feature_layer: int = -1
+    """Whose output is taken: -1 the last layer's (behind its norm where the tower has one), -2 the one before, and so
+    on; layers behind it are kept for the checkpoint's sake but not run."""
+    keep_class: bool = False
+    """The class token (CLIP, InternViT) is a feature as well."""
+    frames: int = 1
+    """Pictures of one patch (Qwen-VL: 2, of a video two frames, of a picture the same twice)."""
+    qkv_bias: bool = True
+    """intern: biases of q, k and v."""
+    qk_norm: bool = False
+    """intern: RMSNorm of queries and keys."""
+    rms_norm: bool = False
+    """intern: RMSNorm in place of LayerNorm."""
+    window_size: int | None = None
+    """qwen2_5_vl: pixels of a window's side; patches see those of their window only."""
+    full_layers: tuple[int, ...] = ()
+    """qwen2_5_vl: layers whose patches see the whole picture."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches of a tile's side, where tiles have one size."""
+        assert self.image_size is not None
+        return self.image_size // self.patch_size
+
+    @property
+    def has_class(self) -> bool:
+        """Whether a token of its own stands before the patches of a tile."""
+        return self.kind in ("clip", "intern")
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Each feature by itself: one linear layer, or two with a GELU between (Liu et al. 2023, LLaVA-1.5)."""
+
+    name: Literal["linear", "mlp"] = "mlp"
+    bias: bool = True
+
+    @property
+    def block(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class ShuffleConfig:
+    """Blocks of patches become one feature, then a norm and two layers (Chen et al. 2024, InternVL-1.5)."""
+
+    name: Literal["pixel_shuffle"] = "pixel_shuffle"
+    block: int = 2
+    """Patches of a block's side."""
+
+
+@dataclass(frozen=True)
+class MergerConfig:
+    """A norm, then blocks of patches become one feature through two layers (Wang et al. 2024, Qwen2-VL)."""
+
+    name: Literal["patch_merger"] = "patch_merger"
+    block: int = 2
+    """Patches of a block's side."""
+    rms_norm: bool = False
+    """RMSNorm in place of LayerNorm (Qwen2.5-VL)."""
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Learnt queries that read the features of a tile (Li et al. 2023, BLIP-2); a BERT with cross-attention."""
+
+    name: Literal["qformer"] = "qformer"
+    queries: int = 32
+    """Features of a tile, whatever its size."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    cross_every: int = 2
+    """Every so many layers, from the first, read the tower's features."""
+    norm_eps: float = 1e-12
+    vocab_size: int = 0
+    """Words it reads itself, in its own first stage (stage=qformer); 0 = queries only."""
+    max_text: int = 512
+    """Positions of those words."""
+
+    @property
+    def block(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class PerceiverConfig:
+    """Learnt latents that read the features of a tile and themselves in each layer (Alayrac et al. 2022, Flamingo)."""
+
+    name: Literal["perceiver"] = "perceiver"
+    queries: int = 64
+    num_layers: int = 6
+    num_heads: int = 16
+    head_dim: int = 96
+    ffn_ratio: int = 4
+    norm_eps: float = 1e-5
+
+    @property
+    def block(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """One cross-attention of a square of learnt queries, with 2-D sine positions (Bai et al. 2023, Qwen-VL)."""
+
+    name: Literal["resampler"] = "resampler"
+    side: int = 16
+    """Queries of a side: side x side features of a tile."""
+    num_heads: int = 32
+    norm_eps: float = 1e-6
+
+    @property
+    def queries(self) -> int:
+        return self.side * self.side
+
+    @property
+    def block(self) -> int:
+        return 1
+
+
+ConnectorConfig = ProjectorConfig | ShuffleConfig | MergerConfig | QFormerConfig | PerceiverConfig | ResamplerConfig
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a picture becomes tiles, and what stands for it in the text."""
+
+    mode: Literal["fixed", "anyres", "tiles", "native"] = "fixed"
+    """fixed: one tile. anyres: the best of `grids` and a small whole (LLaVA-NeXT). tiles: as many as the picture's
+    aspect ratio asks for (InternVL). native: the picture's own size, rounded (Qwen2-VL)."""
+    fit: Literal["crop", "squash", "pad"] = "crop"
+    """fixed: the middle square, all of it out of proportion, or all of it with borders in the mean colour."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Of each colour, taken off values from 0 to 1."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """What is divided by then."""
+    resample: Literal["bilinear", "bicubic", "lanczos", "nearest"] = "bicubic"
+    grids: tuple[tuple[int, int], ...] = ()
+    """anyres: heights and widths in pixels a picture may be fitted to."""
+    newline: bool = False
+    """anyres: a learnt feature ends each row of the whole picture."""
+    min_tiles: int = 1
+    max_tiles: int = 12
+    """tiles: so many at least and at most."""
+    thumbnail: bool = True
+    """tiles: where there are several, a small whole follows them."""
+    min_pixels: int = 3136
+    max_pixels: int = 1003520
+    """native: a picture is scaled to lie between."""
+    token: str = "<image>"
+    """Text of the token that is repeated, once for each feature; added to the tokenizer where it is not there."""
+    token_id: int | None = None
+    """Its id, where a checkpoint says it; null takes the tokenizer's."""
+    begin: str = ""
+    end: str = ""
+    """Texts before and behind the features of a picture."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Everything a model has besides its decoder to see pictures."""
+
+    format: Literal["llava", "llava_next", "internvl", "blip2", "qwen2_vl", "qwen2_5_vl", "loom"]
+    """Whose names and config.json its checkpoints have; loom: our own, for parts that were never put together so."""
+    tower: TowerConfig
+    connector: ConnectorConfig
+    images: ImageConfig
+
+    @property
+    def features_per_tile(self) -> int | None:
+        """Features of a tile, where that does not depend on its size."""
+        return getattr(self.connector, "queries", None)

@@ -1,0 +1,81 @@
+"""What a decoder sees with: tower and connector, and how features come to stand among the tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from models.vision.config import VisionConfig
+from models.vision.connectors import build_connector
+from models.vision.tower import Tower
+from parallel.collectives import copy_to
+from parallel.layers import parameter
+from parallel.sharding import REPLICATED, Place
+
+
+class Pictures(Protocol):
+    """The pictures of a micro-batch."""
+
+    @property
+    def patches_PX(self) -> torch.Tensor:
+        """fp32 [P, X], normalised, tiles one after another."""
+        ...
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of patches of each tile."""
+        ...
+
+    @property
+    def slots_F(self) -> torch.Tensor:
+        """int64 [F]: tokens that stand for a feature."""
+        ...
+
+    @property
+    def order_F(self) -> torch.Tensor:
+        """int64 [F]: which feature stands there; -1 is the learnt one that ends a row."""
+        ...
+
+
+class Connection(nn.Module):
+    """The connector, and behind its features the one that ends a row, where there is one: [B S, D'] -> [I (+ 1), D]."""
+
+    def __init__(self, cfg: VisionConfig, width: int, place: Place, recompute: bool) -> None:
+        super().__init__()
+        self.body = build_connector(cfg, width, place, recompute)
+        self.newline = parameter((width,), REPLICATED, "normal", place) if cfg.images.newline else None
+
+    def forward(self, features: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        x = self.body(features, grids)
+        return x if self.newline is None else torch.cat([x, self.newline.to(x.dtype)[None]])
+
+
+def build_eyes(cfg: VisionConfig, width: int, place: Place, recompute: bool) -> tuple[Tower, Connection]:
+    """Tower and connector for a decoder of hidden size `width`. Both see all pictures on every tp rank."""
+    plain = Place(tp=place.tp)
+    return Tower(cfg.tower, plain, recompute), Connection(cfg, width, plain, recompute)
+
+
+def see(hidden_RD: torch.Tensor, tower: nn.Module, connector: nn.Module, pictures: Pictures | None, cfg: VisionConfig,
+        place: Place) -> torch.Tensor:  # fmt: skip
+    """The embedded tokens with features in the places that stand for them.
+
+    A micro-batch without a picture looks at one blank patch block and uses nothing of what comes out: every rank runs
+    the same modules whatever its data (ZeRO-3 gathers them in step), and gradients are there and zero.
+    """
+    if pictures is None:
+        side, numbers = cfg.connector.block, 3 * cfg.tower.frames * cfg.tower.patch_size**2
+        patches_PX, grids = hidden_RD.new_zeros(side * side, numbers, dtype=torch.float32), ((side, side),)
+        slots_F = order_F = torch.zeros(0, dtype=torch.int64, device=hidden_RD.device)
+    else:
+        patches_PX, grids, slots_F, order_F = pictures.patches_PX, pictures.grids, pictures.slots_F, pictures.order_F
+    features_ID = connector(tower(patches_PX, grids), grids)
+    if place.splits_rows:  # each tp rank goes on with those of its own rows
+        features_ID = copy_to(features_ID, place.tp)
+        rows = hidden_RD.shape[0]
+        mine_F = slots_F // rows == place.tp.rank
+        slots_F, order_F = slots_F[mine_F] - place.tp.rank * rows, order_F[mine_F]
+    order_F = torch.where(order_F < 0, features_ID.shape[0] - 1, order_F)
+    return hidden_RD.index_copy(0, slots_F, features_ID.index_select(0, order_F).to(hidden_RD.dtype))
