@@ -30,6 +30,7 @@ from trainer.rl.samples import Scorer
 from trainer.rl.writer import Author
 from trainer.rollout.records import Records
 from trainer.rollout.rollout import Rollouter
+from trainer.rollout.rounds import ROUND_S
 from trainer.stages.policy_config import PolicyConfig
 from trainer.stages.ppo import PpoConfig
 
@@ -100,7 +101,8 @@ def _asking(cfg: RunConfig, groups: Groups, log: Log) -> Iterator[tuple[Asks, An
     render = renderer_of(tokenizer, cfg.data.tokenizer, cfg.data.chat_template)
     ends = stop_tokens_of(tokenizer, Path(cfg.data.tokenizer), render)
     peers = Peers(groups.rank, groups.world, groups.all_gather)
-    asks = Rollouter(cfg.rollout, tokenizer, render, cfg.run.seed, peers, log.note)
+    every_s = min(ROUND_S, cfg.run.hang_timeout / 4)
+    asks = Rollouter(cfg.rollout, tokenizer, render, cfg.run.seed, peers, log.note, every_s)
     try:
         asks.check()
         yield asks, tokenizer, tuple(token for token in ends if 0 <= token < cfg.model.vocab_size)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -87,10 +87,11 @@ class Crew:
 
     Args:
         size: how many.
+        tick: called while they work, every so many seconds at least.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, tick: Callable[[], None] = lambda: None, every_s: float = 1.0) -> None:
+        self.size, self.tick, self.every_s = size, tick, every_s
         self._workers: list[_Worker] = []
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
@@ -102,6 +103,7 @@ class Crew:
             while len(outcomes) < len(jobs):
                 self._hand_out(jobs, waiting, outcomes, stuck)
                 self._take_in(jobs, outcomes, stuck)
+                self.tick()
         except BaseException:
             self.close()  # interrupted: what they are at belongs to nobody any more
             raise
@@ -137,7 +139,7 @@ class Crew:
         busy = [worker for worker in self._workers if worker.number is not None]
         if not busy:
             return
-        left = max(min(worker.until for worker in busy) - time.monotonic(), 0.0)
+        left = min(max(min(worker.until for worker in busy) - time.monotonic(), 0.0), self.every_s)
         ready = wait([worker.jobs for worker in busy], left)
         for worker in busy:
             assert worker.number is not None

@@ -20,6 +20,7 @@ from models.generation import Completion
 from trainer.rollout.config import TASK, RolloutConfig
 from trainer.rollout.crew import Crew, Job
 from trainer.rollout.rewards import Rewards, Tell
+from trainer.rollout.rounds import ROUND_S, Rounds
 from trainer.rollout.tasks import Continuation
 from trainer.rollout.types import Answer, Finish, Rollout, Turn, Writer
 from trainer.rollout.worker import Call, Outcome
@@ -73,13 +74,22 @@ class Rollouter:
         seed: the run's.
         peers: all ranks; each calls with the same arguments.
         tell: takes what the user should see (the first error of each function).
+        every_s: see `Rounds`; functions may take longer than a rank may wait for another.
     """
 
     def __init__(
-        self, cfg: RolloutConfig, tokenizer: Any, render: Render | None, seed: int, peers: Peers, tell: Tell
+        self,
+        cfg: RolloutConfig,
+        tokenizer: Any,
+        render: Render | None,
+        seed: int,
+        peers: Peers,
+        tell: Tell,
+        every_s: float = ROUND_S,
     ) -> None:
         self.cfg, self.tokenizer, self.seed, self.peers, self.tell = cfg, tokenizer, seed, peers, tell
-        self.crew = Crew(cfg.workers)
+        self.rounds = Rounds(peers, every_s)
+        self.crew = Crew(cfg.workers, self.rounds.tick, every_s)
         self.rewards = Rewards(cfg, self.crew, tell)
         self.continuation = Continuation(tokenizer, render, cfg.task_role)
         self._step: tuple[int, bool] | None = None
@@ -226,7 +236,7 @@ class Rollouter:
     def _dealt(self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]) -> list[Result]:
         """What `work` makes of each item; every rank has its share of them, and gets everything."""
         rank, world = self.peers.rank, self.peers.world
-        parts = self.peers.all_gather(work(items[rank::world]))
+        parts = self.rounds.run(lambda: work(items[rank::world]))
         return [parts[number % world][number // world] for number in range(len(items))]
 
     def _task(self) -> Call:

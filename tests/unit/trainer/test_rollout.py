@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -437,6 +438,44 @@ def test_ranks_share_the_calls_and_know_the_same(tokenizer: Any, render: Render,
         each.join(60)
     assert found[0] == found[1] and [each.reward for each in found[0]] == [1, 2, 3, 4, 5]
     assert sorted((tmp_path / "calls").read_text().split()) == ["x" * n for n in range(1, 6)]
+
+
+def test_a_slow_reward_on_one_rank_keeps_no_other_waiting_for_long(tmp_path: Path, tokenizer: Any) -> None:
+    """Rank 0's function takes a second: rank 1 hears of it all the time. What rank 0 cannot do is told to both."""
+    (tmp_path / "own.py").write_text(
+        "import time\ndef slow(text, prompt):\n    time.sleep(1.0 if text == 'slow' else 0)\n    return 1.0\n"
+    )
+    cfg = RolloutConfig(samples=2, workers=1, rewards=(RewardFunctionConfig(f"{tmp_path}/own.py:slow"),))
+    meeting, given, waited, failed = threading.Barrier(2), {}, [], []
+
+    def on(rank: int) -> None:
+        def gather(each: Any) -> list[Any]:
+            given[rank] = each
+            began = time.monotonic()
+            meeting.wait()
+            waited.append(time.monotonic() - began)
+            both = [given[0], given[1]]
+            meeting.wait()
+            return both
+
+        made = Rollouter(cfg, tokenizer, None, 0, Peers(rank, 2, gather), lambda _: None, every_s=0.1)
+        made.check()
+        waited.clear()
+        writer = ByHand(tokenizer, lambda text, sample, _: "fast" if sample else "slow")
+        assert len(made.collect([Prompt(0, 0, "", (1,), "", None, {})], writer, 0)) == 2
+        made.close()
+        try:
+            made.rounds.run(lambda: 1 // rank)
+        except (ZeroDivisionError, RuntimeError) as error:
+            failed.append(str(error))
+
+    ranks = [threading.Thread(target=on, args=(rank,)) for rank in range(2)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join(60)
+    assert len(waited) > 6 and max(waited) < 0.6, waited
+    assert len(failed) == 2 and any("rank 0 failed: ZeroDivisionError" in each for each in failed)
 
 
 def test_rollouts_are_the_same_in_every_layout(pool: Callable[[int], Pool], tmp_path: Path) -> None:
