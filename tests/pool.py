@@ -29,12 +29,12 @@ class Pool:
     """``size`` processes with a default process group, each waiting for a function to run."""
 
     def __init__(self, size: int, folder: Path):
-        context = mp.get_context("spawn")
         self.size = size
         self.alive = True
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
+            context = _context(rank, size)
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, size, str(folder / "store"), theirs), daemon=True)
             process.start()
@@ -94,11 +94,28 @@ class Pool:
                 process.kill()
 
 
-def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
-    os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
-    # A stopped process would outlive tests that were killed.
+def server() -> Any:
+    """Makes processes that are forked from one that has imported everything: imports take five seconds of a core."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
+
+
+def _context(rank: int, size: int) -> Any:
+    """The last of several hashes words in its own way, as every process of a launcher does: what depends on the order
+    of a set must not look alike on all ranks."""
+    return mp.get_context("spawn") if rank == size - 1 > 0 else server()
+
+
+def die_with_parent() -> None:
+    """End with the process that started this one: a stopped one would outlive tests that were killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _work(rank: int, size: int, store: str, pipe: Connection) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    die_with_parent()
     import torch
     import torch.distributed as dist
 
