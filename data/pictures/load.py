@@ -1,0 +1,119 @@
+"""Pictures from files: any kind of pixels becomes RGB with 8 bits, and whatever is wrong becomes a PictureError."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from data.pictures.errors import PictureError
+
+Source = bytes | str | Path
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is opened. Pillow knows more, some of which start other programs (PostScript)."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What the numbers of EXIF's orientation ask for."""
+
+MAX_PIXELS = 178_956_970
+"""Most pixels that are ever decoded: twice Pillow's MAX_IMAGE_PIXELS, above which it refuses itself."""
+
+
+def load(source: Source, limit: int = MAX_PIXELS) -> Image.Image:
+    """The picture of a file or of its bytes: RGB, upright, on white where it is transparent, an animation's first.
+
+    Args:
+        source: path or bytes.
+        limit: pixels of the largest picture that is decoded.
+
+    Raises:
+        PictureError: it cannot be read; the reason is one line and names neither file nor library.
+    """
+    with _stream(source) as stream:
+        return _rgb(_decoded(stream, limit))
+
+
+def measure(source: Source, limit: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of what `load` gives. Decodes all of it, so that a file without an end is found here.
+
+    Raises:
+        PictureError: see `load`.
+    """
+    return load(source, limit).size
+
+
+def _stream(source: Source) -> BinaryIO:
+    if isinstance(source, bytes):
+        if not source:
+            raise PictureError("the picture has no bytes")
+        return io.BytesIO(source)
+    try:
+        stream = open(source, "rb")  # noqa: SIM115 (the caller closes it)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        cause = (getattr(error, "strerror", None) or str(error)).lower()
+        raise PictureError(f"the file cannot be opened: {cause}") from error
+    if not os.fstat(stream.fileno()).st_size:
+        stream.close()
+        raise PictureError("the file is empty")
+    return stream
+
+
+def _decoded(stream: BinaryIO, limit: int) -> Image.Image:
+    """All pixels of the first frame, upright. Nothing but Pillow runs in here: whatever it trips over is the file's
+    fault, and its decoders raise a dozen kinds of exceptions."""
+    # Threads share the filters, so they are set and never put back. Broken EXIF blocks are common, and harmless.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        image = Image.open(stream, formats=FORMATS)
+        if image.width * image.height > limit:
+            raise Image.DecompressionBombError
+        image.load()
+    except UnidentifiedImageError as error:
+        raise PictureError("the file is not a picture of a known kind, or its beginning is broken") from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"the picture is too large: more than {min(limit, MAX_PIXELS):,} pixels") from error
+    except Exception as error:
+        if isinstance(error, EOFError) or "truncated" in str(error).lower():
+            raise PictureError("the picture is cut off: the file ends before its pixels do") from error
+        raise PictureError("the picture is broken: its bytes cannot be decoded") from error
+    try:
+        turn = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # notes that cannot be read say nothing; the pixels are sound
+        turn = None
+    return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The same with 8 bits and three colours."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _of_numbers(image).convert("RGB")
+    try:
+        if image.has_transparency_data:
+            clear = image.convert("RGBA")
+            white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, clear).convert("RGB")
+        return image.convert("RGB")
+    except ValueError as error:
+        raise PictureError(f"its colours ({image.mode}) cannot be turned into red, green and blue") from error
+
+
+def _of_numbers(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits as 8. Pillow's own conversion cuts them off at 255, which leaves a white sheet."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise PictureError("its pixels are 32-bit numbers, of which no file says what is black and what is white")
+    return Image.fromarray(np.rint(values * (255 / 65535)).astype(np.uint8))
