@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -12,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.integration.conftest import ROOT
+
+TRAIN = str(ROOT / "train.py")
 
 REFUSALS = [  # (overrides, fragments of the message)
     pytest.param({"model__num_heads": 5}, ["num_heads"], id="heads"),
@@ -25,8 +27,8 @@ REFUSALS = [  # (overrides, fragments of the message)
 
 
 @pytest.mark.parametrize(("change", "fragments"), REFUSALS)
-def test_mistakes_end_calmly(world, launch, change: dict, fragments: list[str]) -> None:
-    done = launch(world.overrides(run__name="refused", **change), processes=0)
+def test_mistakes_end_calmly(world, change: dict, fragments: list[str]) -> None:
+    done = programs.run([TRAIN, *world.overrides(run__name="refused", **change)])
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     for fragment in fragments:
@@ -41,17 +43,17 @@ def test_a_mistake_is_told_once_by_many_ranks(world, launch) -> None:
     assert time.monotonic() - began < 60
 
 
-def test_a_channel_without_a_supervised_token_stops_the_run(world, launch) -> None:
+def test_a_channel_without_a_supervised_token_stops_the_run(world) -> None:
     path = world.folder / "mute.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "anyone there?"}]}) + "\n")
     words = world.overrides(run__name="mute", data__sources=f"[{{path: {path}, channel: mute}}]")
-    done = launch([*words, "data.max_bad_fraction=1.0"], processes=0)
+    done = programs.run([TRAIN, *words, "data.max_bad_fraction=1.0"])
     assert done.returncode == 2
     assert "mute" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["truncated", "mismatch"])
-def test_damaged_weights_are_named(world, launch, tmp_path: Path, damage: str) -> None:
+def test_damaged_weights_are_named(world, tmp_path: Path, damage: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,27 +76,27 @@ def test_damaged_weights_are_named(world, launch, tmp_path: Path, damage: str) -
         facts = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(facts | {"intermediate_size": 64}))
         fragments = ["gate_proj", "[48, 32] in the file", "[64, 32] by the config"]
-    done = launch(world.overrides(run__name=f"bad_{damage}", model="hf", init_from=folder), processes=0)
+    done = programs.run([TRAIN, *world.overrides(run__name=f"bad_{damage}", model="hf", init_from=folder)])
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     for fragment in fragments:
         assert fragment in done.stderr, done.stderr
 
 
-def test_full_disk_while_saving_loses_nothing(world, launch) -> None:
+def test_full_disk_while_saving_loses_nothing(world) -> None:
     """A file-size limit stands in for the full disk: the second save fails, the first stays usable."""
     words = world.overrides(run__name="full", run__steps=2, run__save_every=1)
-    assert launch(world.overrides(run__name="full", run__steps=1), processes=0).returncode == 0
+    assert programs.run([TRAIN, *world.overrides(run__name="full", run__steps=1)]).returncode == 0
     good = world.folder / "runs" / "full" / "checkpoints" / "step_0000001"
     before = {file.name: file.read_bytes() for file in good.iterdir()}
     limit = max(len(content) for content in before.values()) // 2
-    done = launch(words, processes=0, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = programs.run([TRAIN, *words], file_limit=limit)
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr and "step_0000001" in done.stderr
     assert "Traceback" not in done.stderr
     assert {file.name: file.read_bytes() for file in good.iterdir()} == before
     assert sorted(path.name for path in good.parent.iterdir()) == ["latest", "step_0000001"]
-    assert launch(words, processes=0).returncode == 0
+    assert programs.run([TRAIN, *words]).returncode == 0
 
 
 def test_the_failing_rank_speaks_first_and_ends_the_job(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 import pytest
 
 from parallel.watch import EXIT_LOST
+from tests import programs
 from tests.integration.conftest import ROOT
 
 CASES = str(ROOT / "tests" / "watch_cases.py")
@@ -59,16 +61,18 @@ def by_hand(case: str, processes: int, timeout_s: float = ALLOWED_S) -> Ended:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = ENV | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    command, (read, write) = [sys.executable, CASES, case, str(timeout_s)], os.pipe()
-    ranks = [
-        Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=write, stderr=write)
-        for r in range(processes)
-    ]
-    os.close(write)
-    with os.fdopen(read) as lines:
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    read, write = Pipe(duplex=False)
+    command = [CASES, case, str(timeout_s)]
+    own = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    ranks = [programs.start(command, write, write, each) for each in own]
+    write.close()
+    with read, os.fdopen(os.dup(read.fileno())) as lines:
         output = _read(lines, timeout_s)
-    return Ended(PAGE.findall(output), output, {r: process.wait(10) for r, process in enumerate(ranks)})
+    for process in ranks:
+        process.join(10)
+    codes = {r: process.exitcode for r, process in enumerate(ranks) if process.exitcode is not None}
+    return Ended(PAGE.findall(output), output, codes)
 
 
 def _read(lines: Any, timeout_s: float) -> str:
