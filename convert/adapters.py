@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from models.adapters.names import Key, parameters
 from models.adapters.targets import Layer, layers_of
 from models.config import ModelConfig
 from models.init import InitSource
+from models.rules import Stack
 from parallel.materialise import TensorSource
 
 CONFIGS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "ia3": Ia3Config, "bitfit": BitfitConfig}
@@ -84,6 +86,7 @@ class Merged(Tensors):
         layers = adapted_layers(model, adapter.cfg)
         self._inputs = {part.module for layer in layers if layer.row for part in layer.adapted}
         self._changed = {key.module for key in adapter.tensors}
+        self._experts = expert_slices(model, layers)
         shapes = hf_shapes(model)
         self._metas = {
             hf: Meta(self._dtype(hf), shapes[hf]) for hf in shapes if hf in base.metas or hf in adapter.others
@@ -95,7 +98,7 @@ class Merged(Tensors):
         return self._metas
 
     def _dtype(self, hf: str) -> torch.dtype:
-        changed = hf.rpartition(".")[0] in self._changed or hf in self.adapter.others
+        changed = hf.rpartition(".")[0] in self._changed or hf in self._experts or hf in self.adapter.others
         return torch.float32 if changed else self.base.metas[hf].dtype
 
     def rows(self, hf: str, start: int, stop: int, columns: Columns | None = None) -> torch.Tensor:
@@ -103,6 +106,9 @@ class Merged(Tensors):
         if hf in self.adapter.others:
             whole = self.adapter.others[hf].float()
             found = whole.reshape(-1, whole.shape[-1])[start:stop] if whole.ndim > 1 else whole[start:stop]
+            return found if columns is None else found[:, slice(*columns)]
+        if hf in self._experts:
+            found = self._one_expert(hf, start, stop)
             return found if columns is None else found[:, slice(*columns)]
         module, _, kind = hf.rpartition(".")
         if module not in self._changed:
@@ -118,6 +124,13 @@ class Merged(Tensors):
                 values = values * factor
         return values if columns is None else values[:, slice(*columns)]
 
+    def _one_expert(self, hf: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of one tensor of one expert."""
+        assert isinstance(self.adapter.cfg, LoraConfig)
+        (module, expert, first), values = self._experts[hf], self.base.rows(hf, start, stop).float()
+        a, b = (self.adapter.tensors[Key(module, kind)][expert].float() for kind in ("a", "b"))
+        return torch.addmm(values, b[first + start : first + stop], a, alpha=self.adapter.cfg.scale)
+
     def _low_rank(self, cfg: LoraConfig, module: str, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         held = {
             kind: self.adapter.tensors.get(Key(module, kind)) for kind in ("a", "b", "start_a", "start_b", "magnitude")
@@ -131,6 +144,19 @@ class Merged(Tensors):
             norm = torch.linalg.vector_norm(values, dim=1)
             values *= (magnitude[start:stop].float() / norm)[:, None]
         return values
+
+
+def expert_slices(model: ModelConfig, layers: Iterable[Layer]) -> dict[str, tuple[str, int, int]]:
+    """Of every Hugging Face tensor of an expert with an adapter: the stacked parameter's name, the expert's number, and
+    where its rows begin in the expert's part of it."""
+    rules, found = weight_rules(model)[0], {}
+    for layer in layers:
+        rule = rules.get(layer.weight)
+        if isinstance(rule, Stack):
+            for expert, names in enumerate(rule.hf):
+                firsts = accumulate(rule.sizes, initial=0)
+                found |= {hf: (layer.parts[0].module, expert, first) for hf, first in zip(names, firsts, strict=False)}
+    return found
 
 
 class Fresh(Tensors):
@@ -158,20 +184,24 @@ def merged(base: Opened, model: ModelConfig, adapter: AdapterWeights) -> Opened:
     """A base with an adapter folded in, as any other checkpoint.
 
     Raises:
-        ValueError: the adapter was made for another model.
+        ValueError: the adapter was made for another model, or is one that no weights can hold.
     """
-    check_shapes(adapter, hf_shapes(base.cfg), base.path)
+    check_shapes(adapter, base.cfg, base.path)
     return dataclasses.replace(base, cfg=model, tensors=Merged(base.tensors, model, adapter))
 
 
-def check_shapes(adapter: AdapterWeights, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """See that an adapter belongs to a model of these Hugging Face tensors.
+def check_shapes(adapter: AdapterWeights, model: ModelConfig, path: Path) -> None:
+    """See that an adapter belongs to a model.
 
     Raises:
         ValueError: it was made for another one; `path` says what does not fit.
     """
+    shapes = {name.removesuffix(".weight"): shape for name, shape in hf_shapes(model).items()}
+    for layer in adapted_layers(model, adapter.cfg):
+        if layer.experts:
+            shapes[layer.parts[0].module] = (layer.experts, layer.parts[0].outputs, layer.inputs)
     for key, tensor in adapter.tensors.items():
-        found = shapes.get(f"{key.module}.weight")
+        found = shapes.get(key.module)
         wanted = None if found is None else _shape(adapter.cfg, key, found)
         if found is None or (wanted is not None and tuple(tensor.shape) != wanted):
             has = "has no such layer" if found is None else f"has a weight of shape {list(found)} there"
@@ -183,7 +213,8 @@ def check_shapes(adapter: AdapterWeights, shapes: Mapping[str, tuple[int, ...]],
 
 def _shape(cfg: AdapterConfig, key: Key, weight: tuple[int, ...]) -> tuple[int, ...] | None:
     if isinstance(cfg, LoraConfig):
-        sides = {"a": (cfg.rank, weight[1]), "b": (weight[0], cfg.rank), "magnitude": (weight[0],)}
+        *number, outputs, inputs = weight
+        sides = {"a": (*number, cfg.rank, inputs), "b": (*number, outputs, cfg.rank), "magnitude": (outputs,)}
         return sides.get(key.kind.removeprefix("start_"))
     return None
 

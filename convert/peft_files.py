@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from convert.adapters import AdapterWeights, adapted_layers
+from convert.peft_experts import expert_names, flattened, is_expert, stacked, targeted, unwrapped, wrapped
 from convert.stored import read_header
 from models.adapters.config import AdapterConfig, Ia3Config, LoraConfig
 from models.adapters.names import Key, Kind, parameters
+from models.adapters.targets import Part
 from models.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,9 +47,11 @@ def write_peft(folder: Path, model: ModelConfig, adapter: AdapterWeights, base: 
         raise ValueError("peft has no format for adapter.name=bitfit; export the full weights instead")
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, torch.Tensor] = {}
+    experts = expert_names(key.module for key in adapter.tensors)
     for key, tensor in adapter.tensors.items():
         if key.kind in SUFFIX:
-            written[f"{PREFIX}{key.module}.{SUFFIX[key.kind]}"] = _theirs(adapter, key, tensor, model)
+            module = wrapped(key.module, experts)
+            written[f"{PREFIX}{module}.{SUFFIX[key.kind]}"] = _theirs(adapter, key, tensor, model)
     written |= {f"{PREFIX}{hf}": tensor.contiguous() for hf, tensor in adapter.others.items() if hf == "score.weight"}
     save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(_config(model, adapter, base), indent=2, sort_keys=True)
@@ -58,6 +62,8 @@ def _theirs(adapter: AdapterWeights, key: Key, tensor: torch.Tensor, model: Mode
     if key.kind == "factor":
         rows = {part.module for layer in adapted_layers(model, adapter.cfg) if layer.row for part in layer.adapted}
         return tensor[None].contiguous() if key.module in rows else tensor[:, None].contiguous()
+    if tensor.ndim == 3:
+        return flattened(key.kind, tensor)
     start = adapter.tensors.get(Key(key.module, "start_a" if key.kind == "a" else "start_b"))
     if start is not None and key.kind == "a":
         return torch.cat([tensor, start])
@@ -65,7 +71,9 @@ def _theirs(adapter: AdapterWeights, key: Key, tensor: torch.Tensor, model: Mode
 
 
 def _config(model: ModelConfig, adapter: AdapterWeights, base: str) -> dict[str, Any]:
-    modules = sorted({key.module for key in adapter.tensors})
+    every = {key.module for key in adapter.tensors}
+    experts = expert_names(every)
+    modules = sorted(module for module in every if not is_expert(module))
     # Names alone would also choose the shared experts of a mixture, which have no adapters.
     targets = modules if model.moe is not None else sorted({module.rpartition(".")[2] for module in modules})
     found: dict[str, Any] = {
@@ -77,6 +85,8 @@ def _config(model: ModelConfig, adapter: AdapterWeights, base: str) -> dict[str,
         "target_modules": targets,
         "task_type": "SEQ_CLS" if model.head == "scalar" else "CAUSAL_LM",
     }
+    if experts:
+        found["target_parameters"] = [f"mlp.experts.{name}" for name in experts]
     cfg = adapter.cfg
     if isinstance(cfg, LoraConfig):
         twice = 2 if cfg.init == "pissa" else 1
@@ -109,9 +119,7 @@ def read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
         return Ia3Config(), about
     if kind != "LORA":
         raise ValueError(f"{folder} holds an adapter of kind {kind}; read are LORA and IA3")
-    unread = {
-        key: about.get(key) for key in ("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters")
-    }
+    unread = {key: about.get(key) for key in ("rank_pattern", "alpha_pattern", "layer_replication")}
     unread |= {key: about.get(key) for key in ("lora_bias", "fan_in_fan_out", "trainable_token_indices", "use_qalora")}
     unread["bias"] = about.get("bias") if about.get("bias") != "none" else None
     init = about.get("init_lora_weights")
@@ -137,7 +145,8 @@ def read_peft(folder: Path, model: ModelConfig) -> AdapterWeights:
     Raises:
         ValueError: it cannot be read, is of a kind that is not here, or was made for another model.
     """
-    cfg, _ = read_config(folder)
+    cfg, about = read_config(folder)
+    experts = targeted(about.get("target_parameters") or ())
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}; adapters in other files are not read")
     kinds: dict[str, Kind] = {suffix: kind for kind, suffix in SUFFIX.items()}
@@ -145,15 +154,17 @@ def read_peft(folder: Path, model: ModelConfig) -> AdapterWeights:
     others: dict[str, torch.Tensor] = {}
     for name, stored in read_header(folder / WEIGHTS).items():
         suffix = next((each for each in kinds if name.endswith(f".{each}")), None)
-        module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
+        module = unwrapped(name.removeprefix(PREFIX).removesuffix(f".{suffix}"), experts)
         if suffix is not None:
             value = stored.read().float()
+            if is_expert(module):
+                value = stacked(kinds[suffix], value, getattr(cfg, "rank", 1))
             tensors[Key(module, kinds[suffix])] = value.flatten() if kinds[suffix] == "factor" else value
         elif name == f"{PREFIX}score.weight":
             others["score.weight"] = stored.read().float()
         else:
             raise ValueError(f"{folder / WEIGHTS} holds {name}, for which there is no place")
-    names = sorted({key.module.rpartition(".")[2] for key in tensors})
+    names = sorted({Part(key.module, 0, 0).name for key in tensors})
     cfg = type(cfg)(**{**vars(cfg), "targets": tuple(names)})
     expected = {key for param in parameters(adapted_layers(model, cfg), cfg) for key in param.keys}
     wrong = sorted(f"{key.module} ({key.kind})" for key in expected ^ tensors.keys())

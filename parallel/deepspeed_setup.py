@@ -80,7 +80,11 @@ def import_deepspeed() -> Any:
 
 
 def mark_experts(model: nn.Module, groups: Groups) -> bool:
-    """Tell DeepSpeed which parameters are experts dealt out over ranks; returns whether any are trained."""
+    """Tell DeepSpeed which parameters are experts dealt out over ranks; returns whether any are trained.
+
+    Frozen ones get DeepSpeed's mark of weights that differ between ranks: at its start it sends all others from the
+    first data-parallel rank to the rest.
+    """
     if groups.ep.size == 1:
         return False
     found = False
@@ -88,6 +92,8 @@ def mark_experts(model: nn.Module, groups: Groups) -> bool:
         if shard_of(param).experts and param.requires_grad:
             found = True
             vars(param).update(allreduce=False, group_name=EXPERTS)
+        elif shard_of(param).experts:
+            vars(param)["ds_optim_param"] = True
     return found
 
 

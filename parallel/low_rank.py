@@ -69,7 +69,8 @@ class Beside:
         return (found[0] if len(found) == 1 else torch.cat(found)).mul_(self.scale)
 
 
-def _dense(weight: torch.Tensor | Packed, dtype: torch.dtype) -> torch.Tensor:
+def dense(weight: torch.Tensor | Packed, dtype: torch.dtype) -> torch.Tensor:
+    """A weight in the type of a product."""
     return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight.dense(dtype)
 
 
@@ -96,7 +97,7 @@ class _FrozenLinear(torch.autograd.Function):
         x = x.to(dtype)
         rows = start_gather_rows(x, place.tp).wait() if place.splits_rows else x
         with torch.autocast(x.device.type, enabled=False):
-            out = product_nt(rows, _dense(weight, dtype))
+            out = product_nt(rows, dense(weight, dtype))
             if a is not None and b is not None:
                 h = product_nt(rows, a.to(dtype))
                 beside.add(out, h, b.to(dtype))
@@ -121,7 +122,7 @@ class _FrozenLinear(torch.autograd.Function):
                 # Of own rows A's gradient needs no input of others; this message is thin.
                 grad_h = start_scatter_rows(grad_h, place.tp).wait() if by_rows else grad_h
             if need_x:
-                grad_x = product_nt(grad_c, _dense(ctx.weight, dtype).t())
+                grad_x = product_nt(grad_c, dense(ctx.weight, dtype).t())
                 if a is not None and grad_h is not None and not by_rows:
                     grad_x.addmm_(grad_h, a.to(dtype))
                 waiting = (start_scatter_rows if by_rows else start_all_reduce)(grad_x, place.tp)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.adapters import check_shapes, config_of, fingerprint
-from convert.from_hf import hf_shapes
 from convert.loom_files import Checkpoint
 from convert.peft_files import is_peft, read_config, read_peft
 from models.adapters.config import ALL_LINEAR, BitfitConfig, Ia3Config, LoraConfig
@@ -33,6 +32,7 @@ def problems(cfg: RunConfig) -> list[Problem]:
     if isinstance(adapter, BitfitConfig):
         return list(_without_biases(cfg.model))
     found = list(_targets(cfg.model, adapter.targets, cfg.stage.name))
+    found += _of_experts(adapter)
     if found or adapter.problems():
         return found
     if isinstance(adapter, LoraConfig):
@@ -68,9 +68,35 @@ def _targets(model: ModelConfig, targets: tuple[str, ...], stage: str) -> Iterat
             continue
         close = nearest(name, [ALL_LINEAR, *known])
         way = f"did you mean {close[0]}?" if close else f"any of {ALL_LINEAR}, {', '.join(known)}"
-        experts = model.moe is not None and name in ("gate_proj", "up_proj", "down_proj", "gate")
-        reason = "experts and routers take no adapter" if experts else "the model has no linear layer of this name"
+        reason = "the model has no linear layer of this name"
+        if model.moe is not None and name in _OF_EXPERTS:
+            reason, way = "of experts it is kept as a part of another parameter", _OF_EXPERTS[name]
+        elif model.moe is not None and name == "gate":
+            reason = "routers take no adapter"
         yield Problem(key, name, reason, way)
+
+
+_OF_EXPERTS = {
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3", "gate_up_proj"), "experts.gate_up_proj"),
+    **dict.fromkeys(("down_proj", "w2", "experts"), "experts.down_proj"),
+}
+"""What users may call a part of an expert, and what it is called here."""
+
+
+def _of_experts(adapter: LoraConfig | Ia3Config) -> Iterator[Problem]:
+    """What is not offered for experts."""
+    named = [name for name in adapter.targets if name.startswith("experts.")]
+    if not named:
+        return
+    way = f"adapter.targets without {' and '.join(named)}"
+    if isinstance(adapter, Ia3Config):
+        yield Problem("adapter.targets", list(adapter.targets), "ia3 has no factors for experts", way)
+    elif adapter.dora:
+        reason = "measures rows of linear layers, and experts are stacked"
+        yield Problem("adapter.dora", True, reason, f"adapter.dora=false, or {way}")
+    elif adapter.init == "pissa":
+        reason = "takes linear layers apart, and experts are stacked"
+        yield Problem("adapter.init", "pissa", reason, f"adapter.init=zero, or {way}")
 
 
 def _rank(model: ModelConfig, adapter: LoraConfig) -> list[Problem]:
@@ -78,7 +104,7 @@ def _rank(model: ModelConfig, adapter: LoraConfig) -> list[Problem]:
         (min(layer.inputs, part.outputs), part.name)
         for layer in sample(model)
         for part in layer.parts
-        if ALL_LINEAR in adapter.targets or part.name in adapter.targets
+        if part.chosen_by(adapter.targets)
     ]
     least, name = min(chosen)
     if adapter.rank <= least:
@@ -116,7 +142,7 @@ def _start(cfg: RunConfig) -> list[Problem]:
     try:
         theirs, _ = read_config(folder)
         weights = read_peft(folder, cfg.model)
-        check_shapes(weights, hf_shapes(cfg.model), folder)
+        check_shapes(weights, cfg.model, folder)
     except ValueError as error:
         return [Problem(key, adapter.start, str(error), "adapter.start=null, or another adapter")]
     assert isinstance(weights.cfg, LoraConfig | Ia3Config)
@@ -124,8 +150,8 @@ def _start(cfg: RunConfig) -> list[Problem]:
         return [Problem(key, adapter.start, f"is an adapter of kind {theirs.name}", f"adapter={theirs.name}")]
     own, given = vars(adapter), vars(weights.cfg)
     differ = [name for name in own if name not in ("start", "targets", "base") and own[name] != given[name]]
-    names = {part.name for layer in sample(cfg.model) for part in layer.parts}
-    wanted = names if ALL_LINEAR in adapter.targets else set(adapter.targets)
+    parts = [part for layer in sample(cfg.model) for part in layer.parts]
+    wanted = {part.name for part in parts if part.chosen_by(adapter.targets)}
     found = [Problem(f"adapter.{n}", own[n], f"is {given[n]} in {folder}", f"adapter.{n}={given[n]}") for n in differ]
     if wanted != set(weights.cfg.targets):
         listed = f"[{','.join(weights.cfg.targets)}]"

@@ -25,7 +25,8 @@ class LoraConfig:
     """The adapter's output is multiplied with alpha / rank."""
     targets: tuple[str, ...] = (ALL_LINEAR,)
     """Names of linear layers as Hugging Face has them (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj),
-    or all-linear: every one but the head. Experts and routers take none."""
+    or all-linear: every one but the head. Experts are chosen by experts.gate_up_proj and experts.down_proj, never by
+    all-linear; routers and shared experts take none."""
     rank_stabilized: bool = False
     """Multiply with alpha / sqrt(rank) instead (rsLoRA)."""
     dora: bool = False

@@ -19,7 +19,7 @@ class Key:
     """One tensor of an adapter as users have it."""
 
     module: str
-    """The linear layer, by its name in the Hugging Face model."""
+    """The linear layer, or the parameter of stacked experts, by its name in the Hugging Face model."""
     kind: Kind
 
 
@@ -49,7 +49,7 @@ def parameters(layers: Iterable[Layer], cfg: AdapterConfig) -> Iterator[Paramete
             continue
         if isinstance(cfg, LoraConfig):
             for kind in _kinds(cfg):
-                yield _parameter(f"{layer.path}.adapter.low_rank.{kind}", layer, kind, cfg.rank)
+                yield _parameter(f"{layer.adapter}.{kind}", layer, kind, cfg.rank)
         elif isinstance(cfg, Ia3Config):
             yield _parameter(f"{layer.path}.adapter.factor", layer, "factor", 0)
 
@@ -64,6 +64,8 @@ def _kinds(cfg: LoraConfig) -> Iterator[Kind]:
 
 def _parameter(name: str, layer: Layer, kind: Kind, rank: int) -> Parameter:
     def rows(part: Part) -> int:
+        if layer.experts:
+            return layer.experts
         if kind in ("a", "start_a"):
             return rank
         return layer.inputs if kind == "factor" and layer.row else part.outputs

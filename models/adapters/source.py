@@ -48,7 +48,7 @@ class AdapterSource(TensorSource):
         self.base, self.cfg, self.seed, self.saved, self.start = base, cfg, seed, saved, start
         layers = layers_of(build(model), getattr(cfg, "targets", ()))
         self._own = {param.name: param for param in parameters(layers, cfg)}
-        self._weights = {f"{layer.path}.weight": layer for layer in layers if layer.chosen}
+        self._weights = {layer.weight: layer for layer in layers if layer.chosen}
         self._pissa: tuple[str, dict[str, torch.Tensor]] | None = None
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -84,6 +84,11 @@ class AdapterSource(TensorSource):
             return torch.cat([torch.linalg.vector_norm(weight[slice(*layer.rows(i))], dim=1) for i in layer.chosen])
         if self._takes_apart:
             return self._principal(layer)[kind[-1]]
+        if layer.experts:
+            outputs, rank = layer.parts[0].outputs, self._lora.rank
+            if kind == "b":
+                return torch.zeros(layer.experts, outputs, rank)
+            return drawn(param.keys[0].module, (layer.experts, rank, layer.inputs), self.seed)
         if kind == "b":
             return torch.zeros(sum(param.sizes), self._lora.rank)
         return torch.cat(
@@ -121,11 +126,11 @@ class AdapterSource(TensorSource):
         return weight
 
 
-def drawn(module: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
+def drawn(module: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """A fresh A: uniform within 1 / sqrt(inputs), as `peft` draws it; by seed and layer alone."""
     digest = hashlib.sha256(f"{seed}:{module}.lora_A".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    bound = shape[1] ** -0.5
+    bound = shape[-1] ** -0.5
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.adapters.config import ALL_LINEAR
 from models.blocks.mla import DownLinear
-from models.blocks.moe import SharedExpert
+from models.blocks.moe import Experts, SharedExpert
 from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.families import FAMILIES
@@ -28,15 +28,21 @@ class Part:
     """One linear layer as users know it: a run of rows of a weight of ours."""
 
     module: str
-    """Its name in the Hugging Face model, as model.layers.0.self_attn.q_proj."""
+    """Its name in the Hugging Face model, as model.layers.0.self_attn.q_proj; of stacked experts that of their
+    parameter, as model.layers.0.mlp.experts.gate_up_proj."""
     outputs: int
     units: int
     """Heads it is made of; 0 where it is not."""
 
     @property
     def name(self) -> str:
-        """What users call it."""
-        return self.module.rpartition(".")[2]
+        """What users call it: q_proj, or of stacked experts experts.gate_up_proj."""
+        above, _, last = self.module.rpartition(".")
+        return f"experts.{last}" if above.endswith(".experts") else last
+
+    def chosen_by(self, targets: Sequence[str]) -> bool:
+        """Whether `targets` name it. Experts are only chosen by their own name."""
+        return self.name in targets or (ALL_LINEAR in targets and not self.name.startswith("experts."))
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,24 @@ class Layer:
     parts: tuple[Part, ...]
     chosen: tuple[int, ...]
     """Which parts have an adapter."""
+    experts: int = 0
+    """How many there are of it, stacked; 0 = it is no layer of experts. Then `path` is that of the weight itself."""
 
     @property
     def adapted(self) -> tuple[Part, ...]:
         """The parts that have one."""
         return tuple(self.parts[i] for i in self.chosen)
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight."""
+        return self.path if self.experts else f"{self.path}.weight"
+
+    @property
+    def adapter(self) -> str:
+        """What the names of its adapter's parameters begin with."""
+        above, _, last = self.path.rpartition(".")
+        return f"{above}.adapter.{last}" if self.experts else f"{self.path}.adapter.low_rank"
 
     def rows(self, part: int) -> tuple[int, int]:
         """Rows [start, stop) of a part in the whole weight."""
@@ -72,7 +91,8 @@ def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
 
 
 def layers_of(model: Decoder, targets: Sequence[str]) -> list[Layer]:
-    """Every linear layer of a decoder (or a chunk of one), with the parts that `targets` choose; perhaps none."""
+    """Every linear layer of a decoder (or a chunk of one) and its stacked experts, with the parts that `targets`
+    choose; perhaps none."""
     rules = {
         rule.ours: rule for rule in FAMILIES[model.cfg.family].rules(model.cfg) if isinstance(rule, Rename | Concat)
     }
@@ -86,13 +106,31 @@ def layers_of(model: Decoder, targets: Sequence[str]) -> list[Layer]:
             Part(hf.removesuffix(".weight"), size, unit)
             for hf, size, unit in zip(rule.sources, sizes, units, strict=True)
         )
-        chosen = tuple(i for i, part in enumerate(parts) if ALL_LINEAR in targets or part.name in targets)
+        chosen = tuple(i for i, part in enumerate(parts) if part.chosen_by(targets))
         found.append(Layer(path, inputs, isinstance(module, RowLinear), parts, chosen))
+    return found + [layer for path, module in stacks(model) for layer in expert_layers(path, module, targets)]
+
+
+def stacks(model: Decoder) -> Iterator[tuple[str, Experts]]:
+    """The stacked experts of a decoder (or a chunk of one) by path."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, Experts))
+
+
+def expert_layers(path: str, experts: Experts, targets: Sequence[str]) -> list[Layer]:
+    """The two layers of stacked experts, gate_up and down. Gate and up have one adapter, as `peft` has it for what
+    transformers keeps as one parameter."""
+    found = []
+    for kind in ("gate_up", "down"):
+        weight = getattr(experts, kind)
+        _, outputs, inputs = shard_of(weight).whole_shape(weight.shape)
+        part = Part(f"model.{path}.{kind}_proj", outputs, 0)
+        chosen = (0,) if part.chosen_by(targets) else ()
+        found.append(Layer(f"{path}.{kind}", inputs, kind == "down", (part,), chosen, experts.number))
     return found
 
 
 def sample(cfg: ModelConfig) -> list[Layer]:
-    """The linear layers of one layer of each kind that a model has."""
+    """The linear layers of one layer of each kind that a model has, stacked experts with them."""
     dense = cfg.moe.first_dense if cfg.moe is not None else cfg.num_layers
     few = replace(cfg, num_layers=min(cfg.num_layers, dense + 1))
     if cfg.moe is not None and dense > 1:

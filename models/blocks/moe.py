@@ -70,7 +70,7 @@ class _ExpertMLP(torch.autograd.Function):
             grads = pieces(grad.to(dtype), plan, grouped)
             inner_grads = grouped_products(grads, down.to(dtype).transpose(1, 2), plan, grouped)
             scales = pieces(weight_M[:, None], plan, grouped)
-            done = [_backward_inside(*each) for each in zip(halves, inner_grads, scales, strict=True)]
+            done = [backward_inside(*each) for each in zip(halves, inner_grads, scales, strict=True)]
             half_grads, inner, weight_grads = (list(part) for part in zip(*done, strict=True))
             grad_rows = None
             if ctx.needs_input_grad[0]:
@@ -94,7 +94,7 @@ def _pieces_again(
     return pieces(again(*kept).to(dtype), plan, grouped)
 
 
-def _backward_inside(
+def backward_inside(
     half: torch.Tensor, inner_grad: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Through scale x silu(gate) * up: the gradient of gate | up, the product itself, the gradient of the scale.
@@ -138,8 +138,12 @@ class Experts(nn.Module):
         if plan.ep.size == 1:  # the rows are a gather away from x, which is kept by others anyway
             source = again or Again(_same, (x_TD.detach(),))
             kept = Again(lambda *t: source.fn(*t).index_select(0, plan.token_M), source.tensors)
-        out = _ExpertMLP.apply(rows, weight_M, self.gate_up, self.down, plan, kept)
-        return gather_from_experts(out, base_TD, plan)
+        return gather_from_experts(self.inside(rows, weight_M, plan, kept), base_TD, plan)
+
+    def inside(self, rows: torch.Tensor, weight_M: torch.Tensor, plan: Dispatch, again: Again | None) -> torch.Tensor:
+        """The rows [M, D] that came to the experts here, each through its own, times its weight. `again` makes them
+        again."""
+        return _ExpertMLP.apply(rows, weight_M, self.gate_up, self.down, plan, again)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

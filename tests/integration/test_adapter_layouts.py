@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from models.adapters.config import BitfitConfig, Ia3Config, LoraConfig
+from models.config import MoEConfig
 from parallel.config import ParallelConfig
 from tests import adapter_cases, cases
 from tests.cases import TINY
@@ -21,6 +22,8 @@ ONE_KV = dataclasses.replace(TINY, num_kv_heads=1)
 LORA, SOME = LoraConfig(rank=4, alpha=8), LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
 DORA, PISSA = dataclasses.replace(LORA, dora=True), dataclasses.replace(LORA, init="pissa")
 WIDE = dataclasses.replace(DEEP, hidden_size=64, intermediate_size=128, head_dim=16)
+MOE = dataclasses.replace(DEEP, family="mixtral", moe=MoEConfig(4, 2, 48, capacity=1.25))
+EXPERTS = dataclasses.replace(LORA, targets=("v_proj", "experts.gate_up_proj", "experts.down_proj"))
 QLORA = dataclasses.replace(LORA, base="nf4")
 SP: dict[str, Any] = {"sequence_parallel": True}
 ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
@@ -37,6 +40,12 @@ ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
     (BIASED, Ia3Config(), 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2}),
     (BIASED, BitfitConfig(), 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2}),
     (ONE_KV, Ia3Config(), 2, {"tp": 2, "zero": 3}),
+    (MOE, EXPERTS, 2, {"ep": 2, "zero": 2, "micro_rows": 2, "recompute": "full"}),
+    (MOE, EXPERTS, 2, {"pp": 2, "schedule": "zbv", "micro_rows": 2, "zero": 0}),
+    (MOE, EXPERTS, 4, {"tp": 2, **SP, "ep": 2, "micro_rows": 2, "recompute": "selective"}),
+    (MOE, EXPERTS, 4, {"tp": 2, "cp": 2, "ep": 2, "zero": 2}),
+    (MOE, EXPERTS, 2, {"zero": 3, "micro_rows": 2}),
+    (MOE, EXPERTS, 4, {"ep": 2, "pp": 2, "micro_rows": 2, "zero": 0}),
     (dataclasses.replace(WIDE, head_dim=32), QLORA, 2, {"tp": 2, **SP, "zero": 2}),
 ]
 
@@ -44,7 +53,7 @@ ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
 def name(row: Any) -> str:
     """What a row is called."""
     model, adapter, processes, options = row
-    kinds = {DORA: "dora", PISSA: "pissa", SOME: "some", QLORA: "qlora"}
+    kinds = {DORA: "dora", PISSA: "pissa", SOME: "some", QLORA: "qlora", EXPERTS: "experts"}
     kind, shape = kinds.get(adapter, adapter.name), f"{model.num_layers}x{model.hidden_size}"
     return f"{kind}-{shape}-{processes}-{','.join(f'{key}-{value}' for key, value in options.items())}"
 

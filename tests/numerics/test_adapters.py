@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from convert import merge_adapter
 from convert.peft_files import read_peft, write_peft
+from convert.to_hf import export
 from models import ModelConfig
 from models.adapters.config import Ia3Config, LoraConfig
+from models.config import MoEConfig
 from parallel.groups import ALL_DATA, Groups
 from parallel.sharding import Axis
 from tests import adapter_cases, peft_reference
@@ -23,6 +26,8 @@ TOLERANCE = 1e-5
 ONE = Groups(0, 1, torch.device("cpu"), Axis())
 """For the batches: in this process no group is joined, other tests count on that."""
 MIXED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+MIXTRAL = dataclasses.replace(TINY, family="mixtral", moe=MoEConfig(num_experts=4, top_k=2, expert_size=48))
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 QWEN = dataclasses.replace(TINY, family="qwen2", qkv_bias=True, tied_embeddings=True)
 
 
@@ -34,6 +39,9 @@ def lora(**about: Any) -> tuple[LoraConfig, Any]:
     options = {"use_rslora": ours.rank_stabilized, "use_dora": ours.dora, "target_modules": list(ours.targets)}
     if "all-linear" in ours.targets:
         options["target_modules"] = "all-linear"
+    elif ours.targets[-1] in EXPERTS:
+        options["target_modules"] = [name for name in ours.targets if name not in EXPERTS]
+        options["target_parameters"] = [name for name in ours.targets if name in EXPERTS]
     return ours, Theirs(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
 
 
@@ -49,6 +57,8 @@ ROWS = [
     ("lora", TINY, lambda: lora()),
     ("lora on some, biases, tied", QWEN, lambda: lora(targets=MIXED)),
     ("rslora", TINY, lambda: lora(rank_stabilized=True)),
+    ("lora on experts", MIXTRAL, lambda: lora(targets=("q_proj", *EXPERTS))),
+    ("rslora on down of experts", MIXTRAL, lambda: lora(rank_stabilized=True, targets=EXPERTS[1:])),
     ("dora", TINY, lambda: lora(dora=True)),
     ("dora on some, biases, tied", QWEN, lambda: lora(dora=True, targets=MIXED)),
     ("ia3", TINY, ia3),
@@ -86,6 +96,10 @@ def test_trains_as_peft_does(cfg: ModelConfig, made: Any, tmp_path: Path, pool: 
         peft_reference.losses_of(each, batch) for each in (model, peft_reference.adapted(base, tmp_path / "weights"))
     ]
     assert float(both[0]) == pytest.approx(float(both[1]), rel=1e-6)
+    folded = merge_adapter.opened(tmp_path / "weights", base)
+    export(tmp_path / "folded", folded.cfg, folded.tensors)
+    alone = peft_reference.losses_of(peft_reference.hf_model(tmp_path / "folded"), batch)
+    assert float(alone) == pytest.approx(float(both[1]), rel=1e-6)
     assert read_peft(tmp_path / "weights", cfg).cfg.name == adapter.name
     assert found["frozen_gradients"] == 0
 

@@ -12,6 +12,7 @@ from models.adapters.attach import attach
 from models.adapters.config import AdapterConfig, Ia3Config, LoraConfig
 from models.adapters.source import AdapterSource
 from models.adapters.targets import layers_of, sample
+from models.families import FAMILIES
 from models.generation import Generator, GeneratorConfig, Request, SamplingConfig
 from models.init import InitSource
 from parallel.materialise import materialise
@@ -91,6 +92,7 @@ def test_switched_off_it_is_the_model_it_was() -> None:
     assert not torch.allclose(before, off, atol=1e-2)
 
 
+EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
 NAMES = {
     "tiny_llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "tiny_mixtral": {"q_proj", "k_proj", "v_proj", "o_proj"},
@@ -103,10 +105,22 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_have_the_names_users_know(name: str) -> None:
-    """Neither experts, shared ones included, nor routers nor the head; feed-forwards of dense layers only."""
+    """Neither shared experts nor routers nor the head; feed-forwards of dense layers only; experts by their own name.
+    Transformers has parameters of these names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     cfg = load_model(name, [])
-    parts = [part for layer in layers_of(build(cfg), ("all-linear",)) for part in layer.parts]
-    assert {part.name for part in parts} == NAMES[name]
+    layers = layers_of(build(cfg), ("all-linear",))
+    parts = [part for layer in layers for part in layer.parts]
+    assert {part.name for part in parts} == NAMES[name] | (EXPERTS if cfg.moe is not None else set())
+    assert {part.name for layer in layers for part in layer.adapted} == NAMES[name]
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[cfg.family].to_hf_config(cfg)))
+    shapes = {key.removesuffix(".weight"): tuple(param.shape) for key, param in theirs.named_parameters()}
+    for layer in layers:
+        for part in layer.parts:
+            number = (layer.experts,) if layer.experts else ()
+            assert shapes[part.module] == (*number, part.outputs, layer.inputs)
     dense = {part.module.split(".")[2] for part in parts if part.name == "up_proj"}
     assert len(dense) == (cfg.num_layers if cfg.moe is None else cfg.moe.first_dense)
 
@@ -115,4 +129,4 @@ def test_a_sample_has_every_kind_of_layer() -> None:
     cfg = load_model("tiny_deepseek_v3", [])
     assert cfg.moe is not None
     cfg = dataclasses.replace(cfg, num_layers=6, moe=dataclasses.replace(cfg.moe, first_dense=4))
-    assert {part.name for layer in sample(cfg) for part in layer.parts} == NAMES["tiny_deepseek_v3"]
+    assert {part.name for layer in sample(cfg) for part in layer.parts} == NAMES["tiny_deepseek_v3"] | EXPERTS
