@@ -106,7 +106,7 @@ def _rgb(image: Image.Image) -> Image.Image:
             clear = image.convert("RGBA")
             white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
             return Image.alpha_composite(white, clear).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise PictureError(f"its colours ({image.mode}) cannot be turned into red, green and blue") from error
 

@@ -46,22 +46,21 @@ def patches_of(image: Image.Image | Sequence[Image.Image], plan: Plan, cfg: Pict
         part = out[starts[number] : starts[number + 1]]
         for place in range(cfg.frames):
             if place < len(pictures):
-                _cut(pictures[place], grid, block, part[:, :, place])
+                _cut(pictures[place], grid, block, part[:, :, place], cfg)
             else:  # a picture, or the last frame, fills its patches
                 part[:, :, place] = part[:, :, len(pictures) - 1]
-    flat = out.reshape(len(out), 3, -1)
-    flat -= np.array(cfg.mean, np.float32)[:, None]
-    flat /= np.array(cfg.std, np.float32)[:, None]
-    return torch.from_numpy(flat.reshape(len(out), -1))
+    return torch.from_numpy(out.reshape(len(out), -1))
 
 
-def _cut(pixels: np.ndarray, grid: tuple[int, int], block: int, out: np.ndarray) -> None:
-    """Pixels uint8 [H, W, 3] as patches from 0 to 1 into out [P, 3, p, p]; what is behind the last is left out."""
+def _cut(pixels: np.ndarray, grid: tuple[int, int], block: int, out: np.ndarray, cfg: PictureConfig) -> None:
+    """Pixels uint8 [H, W, 3] as patches into out [P, 3, p, p]; what is behind the last one is left out."""
     (rows, cols), side = grid, out.shape[-1]
     shape = (rows // block, block, side, cols // block, block, side, 3)
     view = pixels[: rows * side, : cols * side].reshape(shape).transpose(0, 3, 1, 4, 6, 2, 5)
     target = out.reshape(shape[0], shape[3], block, block, 3, side, side, copy=False)
     np.multiply(view, 1 / 255, out=target, dtype=np.float64, casting="unsafe")
+    target -= np.array(cfg.mean, np.float32)[:, None, None]
+    target /= np.array(cfg.std, np.float32)[:, None, None]
 
 
 def _native(frames: list[Image.Image], plan: Plan, cfg: PictureConfig) -> list[list[np.ndarray]]:
