@@ -1,5 +1,6 @@
 """Where a weight lies in a Hugging Face checkpoint. Each rule is said once and knows both directions."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Rename:
 
     def segments(self, shape: tuple[int, ...]) -> tuple[Segment, ...]:
         """Our whole tensor of shape `shape` as rows of theirs, all dims but the last counted as rows."""
-        return (Segment(self.hf, 0, shape[0]),)
+        return (Segment(self.hf, 0, math.prod(shape[:-1] if len(shape) > 1 else shape)),)
 
     def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Our whole tensor from theirs."""

@@ -74,6 +74,8 @@ def _tensor(layout: Layout, world: int) -> Iterator[Fault]:
         shared.append(("model.intermediate_size", model.intermediate_size))
     if model.moe is not None:
         shared += [("model.moe.expert_size", model.moe.expert_size), ("model.moe.shared_size", model.moe.shared_size)]
+    if model.vision is not None:
+        shared += [(f"model.vision.{key}", size) for key, size in model.vision.shared]
     uneven = [f"{key}={size}" for key, size in shared if size % tp]
     reasons = [f"does not divide {', '.join(uneven)}, of which every rank takes an equal share"] if uneven else []
     groups = model.num_kv_heads

@@ -37,6 +37,11 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_w, None, None
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dim, differentiable, in the dtype of the next product."""
+    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))[0]
+
+
 def scaled(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The norm's output from what it keeps; also how the backward makes it again."""
     return torch.mul(x, rstd).mul_(weight.float()).to(dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from models.vision.checks import tower_problems, vision_problems
+
 Problem = tuple[str, object, str, str]
 
 
@@ -13,10 +15,10 @@ class TowerConfig:
     """The vision transformer: patches of a tile in, one feature a patch out.
 
     Sources: Dosovitskiy et al. 2021 (ViT); Radford et al. 2021 (CLIP); Zhai et al. 2023 (SigLIP); Chen et al. 2024
-    (InternViT); Wang et al. 2024 (Qwen2-VL).
+    (InternViT); Li et al. 2023 (BLIP-2); Wang et al. 2024 (Qwen2-VL); Bai et al. 2025 (Qwen2.5-VL).
     """
 
-    kind: Literal["clip", "siglip", "intern", "qwen2_vl", "qwen2_5_vl"]
+    kind: Literal["clip", "siglip", "intern", "blip2", "qwen2_vl", "qwen2_5_vl"]
     """Which transformer it is."""
     hidden_size: int
     """D of the tower."""
@@ -33,14 +35,17 @@ class TowerConfig:
     norm_eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "gelu"
     feature_layer: int = -1
-    """Whose output is taken: -1 the last layer's (behind its norm where the tower has one), -2 the one before, and so
-    on; layers behind it are kept for the checkpoint's sake but not run."""
+    """Whose output is taken: -1 the last layer's, -2 the one before, and so on; layers behind it are kept for the
+    checkpoint's sake but not run."""
+    final_norm: bool = False
+    """The last layer's output goes through the tower's last norm too, as BLIP-2 and PaliGemma read it (LLaVA does not).
+    A norm that is not run is kept for the checkpoint's sake; intern: there is one only where this is said."""
     keep_class: bool = False
-    """The class token (CLIP, InternViT) is a feature as well."""
+    """The class token (clip, intern, blip2) is a feature as well."""
     frames: int = 1
     """Pictures of one patch (Qwen-VL: 2, of a video two frames, of a picture the same twice)."""
     qkv_bias: bool = True
-    """intern: biases of q, k and v."""
+    """intern, blip2: biases of q, k and v; the others always have them."""
     qk_norm: bool = False
     """intern: RMSNorm of queries and keys."""
     rms_norm: bool = False
@@ -61,9 +66,37 @@ class TowerConfig:
         return self.image_size // self.patch_size
 
     @property
+    def native(self) -> bool:
+        """Whether tiles have sizes of their own."""
+        return self.kind in ("qwen2_vl", "qwen2_5_vl")
+
+    @property
     def has_class(self) -> bool:
         """Whether a token of its own stands before the patches of a tile."""
-        return self.kind in ("clip", "intern")
+        return self.kind in ("clip", "intern", "blip2")
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether its checkpoints have a norm behind the last layer (that of the Qwen towers is the connector's)."""
+        return self.final_norm if self.kind == "intern" else not self.native
+
+    @property
+    def norms_features(self) -> bool:
+        """Whether that norm is run."""
+        return self.final_norm and self.feature_layer == -1
+
+    def problems(self, block: int) -> list[Problem]:
+        """Every value that cannot work, as (key, value, reason, way out).
+
+        Args:
+            block: side of the blocks of patches that become one feature.
+        """
+        return tower_problems(self, block)
+
+    @property
+    def shared(self) -> list[tuple[str, int]]:
+        """Sizes of which every tp rank takes an equal share."""
+        return [("tower.num_heads", self.num_heads), ("tower.intermediate_size", self.intermediate_size)]
 
 
 @dataclass(frozen=True)
@@ -205,6 +238,15 @@ class VisionConfig:
     tower: TowerConfig
     connector: ConnectorConfig
     images: ImageConfig
+
+    def problems(self) -> list[Problem]:
+        """Every value that cannot work, as (key, value, reason, way out)."""
+        return vision_problems(self)
+
+    @property
+    def shared(self) -> list[tuple[str, int]]:
+        """Sizes of which every tp rank takes an equal share."""
+        return self.tower.shared
 
     @property
     def features_per_tile(self) -> int | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.vision.config import VisionConfig
 from models.vision.connectors import build_connector
-from models.vision.tower import Tower
+from models.vision.tower import Tower, build_tower
 from parallel.collectives import copy_to
 from parallel.layers import parameter
 from parallel.sharding import REPLICATED, Place
@@ -55,7 +55,8 @@ class Connection(nn.Module):
 def build_eyes(cfg: VisionConfig, width: int, place: Place, recompute: bool) -> tuple[Tower, Connection]:
     """Tower and connector for a decoder of hidden size `width`. Both see all pictures on every tp rank."""
     plain = Place(tp=place.tp)
-    return Tower(cfg.tower, plain, recompute), Connection(cfg, width, plain, recompute)
+    tower = build_tower(cfg.tower, cfg.connector.block, plain, recompute)
+    return tower, Connection(cfg, width, plain, recompute)
 
 
 def see(hidden_RD: torch.Tensor, tower: nn.Module, connector: nn.Module, pictures: Pictures | None, cfg: VisionConfig,

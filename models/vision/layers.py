@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.blocks.mlp import swiglu
+from models.blocks.norm import rms_norm
+from parallel.collectives import copy_to, leave, reduce_from
 from parallel.layers import ColumnLinear, RowLinear, parameter
-from parallel.matmul import compute_dtype, linear
-from parallel.sharding import REPLICATED, Place
+from parallel.matmul import Again, compute_dtype, linear
+from parallel.sharding import REPLICATED, Place, Shard
+
+QK_EPS = 1e-6
+"""Of InternViT's norm of queries and keys, whatever its other norms have."""
+
+
+class _QuickGelu(torch.autograd.Function):
+    """x sigmoid(1.702 x) = silu(1.702 x) / 1.702: torch has silu and its gradient as one pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x * 1.702).mul_(1 / 1.702)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, x * 1.702)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x sigmoid(1.702 x), CLIP's activation."""
+    return _QuickGelu.apply(x)
+
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
@@ -34,6 +61,36 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(compute_dtype(x))
 
 
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dim, computed in fp32, given in the dtype of the next product."""
+
+    def __init__(self, dim: int, eps: float, place: Place) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter((dim,), REPLICATED, "ones", place)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of queries and keys, each over all of its heads together: those of other tp ranks count too."""
+
+    def __init__(self, dim: int, heads: int, place: Place) -> None:
+        super().__init__()
+        self.dim, self.place = dim, place
+        self.q, self.k = (parameter((dim,), Shard(0, (dim,), (heads,)), "ones", place) for _ in range(2))
+
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv.chunk(3, 1)
+        squares = torch.stack([x.float().square().sum(1) for x in (q, k)])
+        if self.place.tp.size > 1:  # summed on the way back too: every rank's heads depend on the whole sum
+            squares = copy_to(reduce_from(squares, self.place.tp), self.place.tp)
+        scale_q, scale_k = (squares / self.dim + QK_EPS).rsqrt()[..., None].unbind(0)
+        q, k = (q * scale_q * self.q.float()).to(v.dtype), (k * scale_k * self.k.float()).to(v.dtype)
+        return torch.cat([q, k, v], 1)
+
+
 class Linear(nn.Module):
     """A linear layer that every tp rank holds and computes whole: [..., in] -> [..., out]."""
 
@@ -47,17 +104,48 @@ class Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
+class ScaledRowLinear(RowLinear):
+    """A row layer whose output is scaled, number by number, before it joins the residual (LayerScale, InternViT).
+
+    Source: Touvron et al. 2021, Going deeper with image transformers.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, init: str, place: Place) -> None:
+        super().__init__(inputs, outputs, bias, init, place)
+        self.scale = parameter((outputs,), REPLICATED, "ones", place)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, again: Again | None = None) -> torch.Tensor:
+        if self.place.tp.size == 1:
+            out = linear(x, self.weight, self.bias, again=again)
+        else:
+            out = leave(linear(x, self.weight, again=again), self.place)
+            out = out if self.bias is None else out + self.bias
+        return torch.addcmul(residual, out, self.scale.to(out.dtype))
+
+
 class FeedForward(nn.Module):
     """down(activation(up(x))) + residual, both with biases, cut over tp in between."""
 
-    def __init__(self, dim: int, inner: int, activation: str, place: Place) -> None:
+    def __init__(self, dim: int, inner: int, activation: str, place: Place, row: type[RowLinear] = RowLinear) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.up = ColumnLinear(dim, (inner,), True, "normal", place)
-        self.down = RowLinear(inner, dim, True, "normal_residual", place)
+        self.down = row(inner, dim, True, "normal_residual", place)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.down(self.activation(self.up(x)), residual)
+
+
+class GatedFeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)) + residual, all with biases, cut over tp in between."""
+
+    def __init__(self, dim: int, inner: int, place: Place) -> None:
+        super().__init__()
+        self.gate_up = ColumnLinear(dim, (inner, inner), True, "normal", place)
+        self.down = RowLinear(inner, dim, True, "normal_residual", place)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate_up(x)), residual)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: int) -> torch.Tensor:
