@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import ParallelConfig
-from parallel.host_memory import keep_freed_memory, record_few_collectives
+from parallel.host_memory import keep_few_products, keep_freed_memory, record_few_collectives
 from parallel.sharding import Axis, Place
 
 ALL_DATA = ParallelConfig()
@@ -127,6 +127,7 @@ def build_groups(ranks: LauncherRanks, timeout_s: float, layout: ParallelConfig 
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out itself, with a warning a rank
         keep_freed_memory()
+        keep_few_products()
         record_few_collectives()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it, also for one process
     if not dist.is_initialized():

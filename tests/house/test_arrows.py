@@ -25,9 +25,9 @@ READS_ENVIRONMENT = (
     "trainer/rollout/worker.py",
     "scripts/bench/",
 )
-"""The launcher's ranks are read in the first; the second sizes torch's flight recorder and the third says which GPUs
-are vLLM's, which have no other setting; the fourth forgets whose rank started it; the others start processes of their
-own and hand their environment on."""
+"""The launcher's ranks are read in the first; the second sizes torch's flight recorder and what oneDNN keeps, the third
+says which GPUs are vLLM's, which have no other setting; the fourth forgets whose rank started it; the others start
+processes of their own and hand their environment on."""
 ROOM_FILES = sorted(p.relative_to(ROOT).as_posix() for room in MAY_IMPORT for p in (ROOT / room).rglob("*.py"))
 
 

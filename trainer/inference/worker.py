@@ -18,7 +18,7 @@ import torch.distributed as dist
 from models.generation import Request
 from parallel.config import ParallelConfig
 from parallel.groups import Groups, LauncherRanks, build_groups
-from parallel.host_memory import keep_freed_memory
+from parallel.host_memory import keep_few_products, keep_freed_memory
 from trainer.inference import vllm_backend
 from trainer.inference.backend import Backend, LoomBackend
 from trainer.inference.claims import Claims
@@ -201,6 +201,7 @@ def _backend(task: Task, model: TextModel, groups: Groups | None) -> Backend:
         torch.cuda.set_device(task.device)
     else:
         keep_freed_memory()
+        keep_few_products()
     draft = None if cfg.draft is None else open_text_model(cfg.draft)
     made = generator_of(model, device=task.device, dtype=cfg.dtype, config=cfg.generator, groups=groups, draft=draft)
     return LoomBackend(made)

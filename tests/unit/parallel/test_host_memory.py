@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from parallel import host_memory
 
@@ -42,6 +43,25 @@ build_groups(LauncherRanks(), 60.0)
 for _ in range(100):
     dist.all_reduce(torch.zeros(1))
 print(len(pickle.loads(_distributed_c10d._dump_fr_trace(True, False, False))["entries"]))
+"""
+
+# 150 products of a shape of their own, three times over; prints the KiB in use that each shape left behind.
+PRODUCTS = """
+import ctypes, sys
+import torch
+from parallel.host_memory import keep_few_products
+from parallel.matmul import product_nt
+from scripts.bench.live_memory import Mallinfo2
+if sys.argv[1] == "few":
+    keep_few_products()
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+a, b = torch.randn(300, 64), torch.randn(64, 64)
+product_nt(a[:16], b)
+before = mallinfo2().uordblks
+for rows in [*range(100, 250)] * 3:
+    product_nt(a[:rows], b)
+print((mallinfo2().uordblks - before) // 1024 // 150)
 """
 
 
@@ -78,6 +98,36 @@ def test_recorder_keeps_no_more() -> None:
     env = {name: value for name, value in os.environ.items() if name not in host_memory.RECORDS_VARIABLES}
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
     assert int(found.split()[-1]) == host_memory.RECORDS
+
+
+def test_few_products_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own number stays, under either of its names."""
+    for name in (*host_memory.PRODUCTS_VARIABLES, host_memory.WRAPPED_VARIABLE):
+        monkeypatch.setenv(name, "7")  # put back behind the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DNNL_PRIMITIVE_CACHE_CAPACITY", "500")
+    host_memory.keep_few_products()
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(host_memory.WRAPPED)
+    del os.environ["DNNL_PRIMITIVE_CACHE_CAPACITY"]
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "500")
+    host_memory.keep_few_products()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(host_memory.PRODUCTS)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "500"
+
+
+def test_new_shapes_do_not_fill_the_heap() -> None:
+    """Left alone, each of 150 shapes leaves hundreds of KiB behind."""
+    if not (LINUX and getattr(ctypes.CDLL(None), "mallinfo2", None) and torch.backends.mkldnn.is_available()):
+        return  # nothing that could be measured
+    names = (*host_memory.PRODUCTS_VARIABLES, host_memory.WRAPPED_VARIABLE)
+    env = {name: value for name, value in os.environ.items() if name not in names}
+
+    def left(mode: str) -> int:
+        command = [sys.executable, "-c", PRODUCTS, mode]
+        return int(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout)
+
+    assert 2 * left("few") < left("all")
 
 
 def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
