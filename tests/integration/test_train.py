@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests import cases
+from tests import cases, programs
 from tests.integration.conftest import ROOT
 
 
@@ -74,14 +74,13 @@ def test_random_channels_and_plain_text_pretraining(pool, world) -> None:
     assert names and names <= {"random_0", "random_1", "random_2"}
 
 
-def test_killed_run_resumes_bitwise(world, launch) -> None:
+def test_killed_run_resumes_bitwise(pool, world, launch) -> None:
     """SIGKILL in the middle, the same command again: losses and gradient norms as if nothing had happened."""
 
     def words(name: str) -> list[str]:
         return world.overrides(run__name=name, run__steps=12, run__save_every=2, engine="zero2")
 
-    whole = launch(words("whole"))
-    assert whole.returncode == 0, whole.stderr
+    pool(2).run(cases.run_config, words("whole"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -108,7 +107,7 @@ def test_killed_run_resumes_bitwise(world, launch) -> None:
 def test_a_finished_run_says_so(world, launch) -> None:
     words = world.overrides(run__name="finished", run__steps=1)
     assert launch(words, processes=0).returncode == 0
-    again = launch(words, processes=0)
+    again = programs.run([str(ROOT / "train.py"), *words])
     assert again.returncode == 0
     assert "nothing to do: step 1 of 1 is done" in again.stdout
 
