@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every check of the project, from a clean clone: formatting, lint, types, then the whole test suite.
+# Every check of the project, from a clean clone: formatting, lint, types and the whole test suite.
 #
-#   bash scripts/test.sh                      everything
-#   bash scripts/test.sh -k packing -x        anything after the name goes to pytest
+#   bash scripts/test.sh                      everything, in two lanes at a time
+#   bash scripts/test.sh -k packing -x        anything after the name goes to pytest; one lane
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$ROOT"
@@ -16,5 +16,34 @@ export PYRIGHT_PYTHON_GLOBAL_NODE=0 OMP_NUM_THREADS=1
 
 say "ruff check";          ruff check
 say "ruff format --check"; ruff format --check
-say "pyright";             pyright --warnings
-say "pytest";              exec python -m pytest --durations=10 "$@"
+
+types_and_tests() { # the rest are pytest's words
+    say "pyright"; pyright --warnings || return
+    say "pytest $*"; python -m pytest --durations=10 "$@"
+}
+
+if (($#)); then
+    types_and_tests "$@"
+    exit
+fi
+
+# Most tests keep one core busy. Another one has the types, the units and the numerics meanwhile; what they say is shown
+# at the end.
+mkdir -p .cache
+readonly BESIDE=.cache/test_beside.log
+set -m # a process group of its own, to be ended as a whole
+{
+    types_and_tests tests/unit tests/numerics >"$BESIDE" 2>&1 || { say "FAILED: see $BESIDE"; exit 1; }
+} &
+readonly LANE=$!
+set +m
+trap 'kill -- "-$LANE" 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+
+say "pytest, but for tests/unit and tests/numerics (beside it: these and pyright, into $BESIDE)"
+worst=0
+python -m pytest --durations=10 --ignore=tests/unit --ignore=tests/numerics || worst=$?
+wait "$LANE" || worst=$?
+say "---- $BESIDE"
+cat "$BESIDE"
+exit "$worst"
