@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,8 +45,11 @@ def load(source: Source, limit: int = MAX_PIXELS) -> Image.Image:
     Raises:
         PictureError: it cannot be read; the reason is one line and names neither file nor library.
     """
-    with _stream(source) as stream:
-        return _rgb(_decoded(stream, limit))
+    with stream_of(source) as stream:
+        with blamed(limit):
+            image = opened(stream, limit)
+            image.load()
+        return rgb(upright(image))
 
 
 def measure(source: Source, limit: int = MAX_PIXELS) -> tuple[int, int]:
@@ -56,13 +61,18 @@ def measure(source: Source, limit: int = MAX_PIXELS) -> tuple[int, int]:
     return load(source, limit).size
 
 
-def _stream(source: Source) -> BinaryIO:
+def stream_of(source: Source) -> BinaryIO:
+    """What to read the file from; to be closed by the caller.
+
+    Raises:
+        PictureError: it cannot be opened, or is empty.
+    """
     if isinstance(source, bytes):
         if not source:
             raise PictureError("the picture has no bytes")
         return io.BytesIO(source)
     try:
-        stream = open(source, "rb")  # noqa: SIM115 (the caller closes it)
+        stream = open(source, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         cause = (getattr(error, "strerror", None) or str(error)).lower()
         raise PictureError(f"the file cannot be opened: {cause}") from error
@@ -72,16 +82,14 @@ def _stream(source: Source) -> BinaryIO:
     return stream
 
 
-def _decoded(stream: BinaryIO, limit: int) -> Image.Image:
-    """All pixels of the first frame, upright. Nothing but Pillow runs in here: whatever it trips over is the file's
-    fault, and its decoders raise a dozen kinds of exceptions."""
+@contextmanager
+def blamed(limit: int) -> Iterator[None]:
+    """Whatever Pillow trips over in here is the file's fault: its decoders raise a dozen kinds of exceptions on broken
+    bytes. Nothing else may run in here."""
     # Threads share the filters, so they are set and never put back. Broken EXIF blocks are common, and harmless.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        image = Image.open(stream, formats=FORMATS)
-        if image.width * image.height > limit:
-            raise Image.DecompressionBombError
-        image.load()
+        yield
     except UnidentifiedImageError as error:
         raise PictureError("the file is not a picture of a known kind, or its beginning is broken") from error
     except Image.DecompressionBombError as error:
@@ -90,15 +98,31 @@ def _decoded(stream: BinaryIO, limit: int) -> Image.Image:
         if isinstance(error, EOFError) or "truncated" in str(error).lower():
             raise PictureError("the picture is cut off: the file ends before its pixels do") from error
         raise PictureError("the picture is broken: its bytes cannot be decoded") from error
+
+
+def opened(stream: BinaryIO, limit: int) -> Image.Image:
+    """The picture with nothing decoded, if it has no more pixels than `limit`; to be called within `blamed`."""
+    image = Image.open(stream, formats=FORMATS)
+    if image.width * image.height > limit:
+        raise Image.DecompressionBombError
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded picture, turned as its EXIF notes ask for. Notes that cannot be read ask for nothing."""
     try:
         turn = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # notes that cannot be read say nothing; the pixels are sound
+    except Exception:  # as many kinds as in `blamed`; the pixels are sound
         turn = None
     return image.transpose(TURNS[turn]) if turn in TURNS else image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The same with 8 bits and three colours."""
+def rgb(image: Image.Image) -> Image.Image:
+    """The same with 8 bits and three colours, on white.
+
+    Raises:
+        PictureError: its pixels have no meaning as colours.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         return _of_numbers(image).convert("RGB")
     try:
