@@ -49,6 +49,8 @@ class MicroBatch:
     Under context parallel a rank has some, while what is told of documents still tells of all."""
     pictures: Pictures | None = None
     """What the tokens that stand for pictures show; None where no document has any."""
+    rotary_3T: torch.Tensor | None = None
+    """int64 [3, T]: time, row and column of each token, where the model's positions are three numbers."""
     branches: tuple[tuple[int, int], ...] = ()
     """For each document who holds its beginning, and how many tokens that is: it begins with the first so many of that
     one, which are here once. Empty = every document has all its tokens."""
@@ -77,6 +79,7 @@ class MicroBatch:
             "channel_T": self.channel_T,
             **({"branches": self.branches} if self.branches else {}),
             **({} if self.pictures is None else {"pictures": self.pictures}),
+            **({} if self.rotary_3T is None else {"rotary_3T": self.rotary_3T}),
         }
 
     @cached_property
@@ -92,6 +95,8 @@ class Row:
     pieces: tuple[int, ...]
     lengths: tuple[int, ...]
     """Tokens of each piece."""
+    looked: float = 0.0
+    """Work of looking at its pictures, in tokens."""
 
     @property
     def num_tokens(self) -> int:
@@ -99,8 +104,8 @@ class Row:
 
     @property
     def cost(self) -> float:
-        """Work of the row, in tokens: linear part plus attention, which is quadratic within a document."""
-        return sum(length + length * length / ATTENTION_TOKENS for length in self.lengths)
+        """Work of the row, in tokens: pictures, linear part, and attention, which is quadratic within a document."""
+        return self.looked + sum(length + length * length / ATTENTION_TOKENS for length in self.lengths)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class Document:
     """Its pictures; `slots_F` counts from its first token."""
     features: int = 0
     """Features that the tiles of its pictures have."""
+    rotary_3L: np.ndarray | None = None
+    """int64 [3, L]: time, row and column of each token, where the model's positions are three numbers."""
 
 
 def split_rows(rows: Sequence[Row], rank: int, world: int, micro_batch_rows: int) -> list[list[Row]]:
@@ -181,7 +188,16 @@ def collate(documents: Sequence[Document], share: str | None = None) -> MicroBat
         token_facts={name: _at_targets([doc.token_facts[name] for doc in docs], learn_T) for name in token_facts},
         branches=branches if kept_N.any() else (),
         pictures=_pictures_of(docs, borders),
+        rotary_3T=_rotary_of(docs),
     )
+
+
+def _rotary_of(docs: Sequence[Document]) -> torch.Tensor | None:
+    if all(doc.rotary_3L is None for doc in docs):
+        return None
+    plain = [np.tile(np.arange(len(doc.tokens_L)), (3, 1)) for doc in docs]
+    own = [each if doc.rotary_3L is None else doc.rotary_3L for doc, each in zip(docs, plain, strict=True)]
+    return torch.from_numpy(np.concatenate(own, 1))
 
 
 def _pictures_of(docs: Sequence[Document], borders: np.ndarray) -> Pictures | None:
@@ -220,7 +236,7 @@ def shared_tokens(holder: Document, other: Document) -> int:
 def _behind(doc: Document, tokens: int) -> Document:
     """The document without its first tokens."""
     rest = {name: fact_L[tokens:] for name, fact_L in doc.token_facts.items()}
-    assert doc.pictures is None, "a document with pictures shares no beginning"
+    assert doc.pictures is None and doc.rotary_3L is None, "a document with pictures shares no beginning"
     return Document(doc.tokens_L[tokens:], doc.learn_L[tokens:], doc.channel, doc.facts, rest)
 
 

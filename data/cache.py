@@ -7,6 +7,7 @@ nothing reads and the next build on that machine clears. Every rank must see the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,10 +29,13 @@ from data.hashing import hash_files
 from data.kinds import KINDS, KindName, check_format, detect_format
 from data.notes import Note
 from data.peers import Peers
+from data.pictures.looking import look_at
+from data.pictures.rows import split_row
+from data.pictures.types import PictureConfig
 from data.readers import READERS
 from data.rows import Ask, Judged, Pair, Row, RowError, Sample, as_chat
 from data.sources import SourceFile, Unit, cut_units, list_files, share_units
-from data.tokenizer import TokenizerInfo, describe, load_tokenizer, tokenizer_digest
+from data.tokenizer import TokenizerInfo, add_special, describe, load_tokenizer, tokenizer_digest
 
 BATCH_ROWS = 512
 BATCH_CHARS = 2 << 20
@@ -46,17 +50,25 @@ class Maker:
     template_path: str | None
     loss_on: str
     key: str = "data.tokenizer"
+    pictures: PictureConfig | None = None
+    """What the model makes of pictures, if it sees any."""
+    max_pixels: int = 0
+    """Of a picture that is decoded."""
     _loaded: tuple[Any, TokenizerInfo] | None = field(default=None, repr=False)
 
     def digest(self) -> str:
         """Hash of the tokenizer's files, the template and what is learnt."""
         parts = [tokenizer_digest(self.folder, self.key), self._template() or "", self.loss_on]
+        if self.pictures is not None:
+            parts.append(repr((self.pictures, self.max_pixels)))
         return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=16).hexdigest()
 
     def load(self) -> tuple[Any, TokenizerInfo]:
         """The tokenizer and its facts."""
         if self._loaded is None:
             tokenizer = load_tokenizer(self.folder, self.key)
+            if self.pictures is not None:
+                add_special(tokenizer, self.pictures.token)
             self._loaded = tokenizer, describe(tokenizer)
         return self._loaded
 
@@ -68,7 +80,16 @@ class Maker:
             render = template_renderer(tokenizer, self._template(), self.template_path or self.folder)
             return ChatTemplate(render, special_tokens(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
 
-        return Encoder(tokenizer, info, chat, self.loss_on)
+        return Encoder(tokenizer, info, chat, self.loss_on, self.pictures.token if self.pictures else None)
+
+    def around(self) -> tuple[int, int]:
+        """Tokens before and behind those of a picture that belong to it."""
+        if self.pictures is None:
+            return 0, 0
+        backend = self.load()[0].backend_tokenizer
+        ends = (self.pictures.begin, self.pictures.end)
+        before, after = (len(backend.encode(text, add_special_tokens=False).ids) for text in ends)
+        return before, after
 
     def _template(self) -> str | None:
         if self.template_path is None:
@@ -152,7 +173,8 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
         raise not_shared(os.path.dirname(work))
     units = share_units(cut_units(plan.files), peers.rank, peers.world)
     encoder = plan.maker.encoder()
-    writer = ShardWriter(work, peers.rank, _token_dtype(plan.maker.load()[1]), plan.kind)
+    dtype, around = _token_dtype(plan.maker.load()[1]), plan.maker.around()
+    writer = ShardWriter(work, peers.rank, dtype, plan.kind, around)
     parse = KINDS[plan.kind].formats[form].samples
     try:
         lines = _LineNumbers(plan.files)
@@ -168,8 +190,11 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
                         if row is None:
                             raise RowError(reason)
                         channel = _channel(plan.source, file, row)
+                        folder = plan.source.image_dir or os.path.dirname(file.path)
+                        row, seen, identity = look_at(row, folder, plan.maker.pictures, plan.maker.max_pixels)
                         samples = parse(as_chat(row, plan.kind != "prompts") if plan.source.as_chat else row)
-                        made = [(sample, encoder.prepare(sample)) for sample in samples]
+                        tokens = tuple(each.tokens for each in seen)
+                        made = [(sample, encoder.prepare(sample, tokens, identity)) for sample in samples]
                     except RowError as err:
                         writer.add_bad(unit.file, lines.whole(unit, line), str(err))
                         continue
@@ -177,7 +202,8 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
                         note = None
                         if plan.kind != "text":
                             note = make_note(sample, documents[0].text, unit.file, lines.whole(unit, line))
-                        batch.append(Item(documents, channel, note))
+                        place = (unit.file, lines.whole(unit, line)) if seen else (0, 0)
+                        batch.append(Item(documents, channel, note, seen, place))
                         chars += sum(len(document.text) for document in documents)
                     if len(batch) >= BATCH_ROWS or chars >= BATCH_CHARS:
                         _write(writer, encoder, batch)
@@ -232,6 +258,8 @@ def _first_rows(files: list[SourceFile]) -> Iterator[Row]:
         for start, stop, _ in READERS[file.kind].cut(file.path):
             for _, row, _ in READERS[file.kind].read(file.path, start, stop):
                 if row is not None:
+                    with contextlib.suppress(RowError):  # told where rows are read
+                        row, _ = split_row(row, "")
                     yield row
                     found += 1
                 if found >= ROWS_TO_DETECT:

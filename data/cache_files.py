@@ -6,6 +6,7 @@ manifest.json            written last: version, key, shards with the sizes of th
 0000.samples.npy         one SAMPLE record a sample
 0000.bad.jsonl           malformed rows: {file, line, reason}
 0000.notes.npy, .rows.jsonl   of preferences and prompts, see notes.py
+0000.pictures.npy, .pictures.bin   where there are pictures, see pictures/notes.py
 
 A pair is one sample: the tokens of the chosen document, then those of the rejected one.
 """
@@ -25,6 +26,7 @@ import numpy as np
 from data.encode import Encoded, Prepared
 from data.kinds import KindName
 from data.notes import NOTE, Note, NoteWriter, create, read_row
+from data.pictures.notes import PictureNotes, PictureWriter, Seen
 from data.tokenizer import TokenizerInfo
 
 VERSION = 2
@@ -77,12 +79,28 @@ class Item:
     channel: str
     note: Note | None = None
     """Of every sample, unless the kind of the cache is text."""
+    pictures: tuple[Seen, ...] = ()
+    """In the order of their places in the text; all documents of the sample have them."""
+    place: tuple[int, int] = (0, 0)
+    """File and line of its row, where it has pictures."""
 
 
 class ShardWriter:
     """Writes one shard; `close` returns its ShardInfo."""
 
-    def __init__(self, folder: str, index: int, token_dtype: np.dtype, kind: KindName = "text") -> None:
+    def __init__(
+        self,
+        folder: str,
+        index: int,
+        token_dtype: np.dtype,
+        kind: KindName = "text",
+        around: tuple[int, int] = (0, 0),
+    ) -> None:
+        """
+        Args:
+            around: tokens before and behind those of a picture that belong to it.
+        """
+        self._around = around
         self._stem = os.path.join(folder, f"{index:04d}")
         self._dtype = token_dtype
         self._open = ExitStack()
@@ -90,6 +108,7 @@ class ShardWriter:
         for name in ("tokens", "learn", "bad.jsonl"):
             self._streams[name] = self._open.enter_context(create(f"{self._stem}.{name}"))
         self._notes = NoteWriter(self._stem) if kind != "text" else None
+        self._pictures = PictureWriter(self._stem)
         self._samples: list[np.ndarray] = []
         self._spare_bits = np.zeros(0, dtype=bool)
         self._channels: dict[str, int] = {}
@@ -102,6 +121,7 @@ class ShardWriter:
         if not items:
             return
         fields, at, next_document = [], self._tokens, iter(encoded)
+        samples_before = sum(len(part) for part in self._samples)
         for item in items:
             number = self._channels.setdefault(item.channel, len(self._channels))
             self._examples.setdefault(item.channel, item.documents[0].text[-300:])
@@ -112,6 +132,8 @@ class ShardWriter:
             first = item.documents[0]
             fields.append((at, length, targets, first.content_hash, number, turns, stops, first.too_long))
             at += length
+            if item.pictures:
+                self._add_pictures(samples_before + len(fields) - 1, item, made)
             if self._notes is not None:
                 assert item.note is not None
                 self._notes.add(item.documents, made, item.note)
@@ -125,6 +147,13 @@ class ShardWriter:
         self._streams["learn"].write(np.packbits(bits[:full], bitorder="little").tobytes())
         self._spare_bits = bits[full:]
         self._tokens = at
+
+    def _add_pictures(self, sample: int, item: Item, made: list[Encoded]) -> None:
+        first = 0
+        for document in made:
+            for seen, start in zip(item.pictures, document.starts, strict=True):
+                self._pictures.add(sample, seen, first + start, self._around, item.place)
+            first += len(document.tokens_L)
 
     def add_bad(self, file: int, line: int, reason: str) -> None:
         """Note a malformed row of the source's file number `file`."""
@@ -142,6 +171,7 @@ class ShardWriter:
             _flush(stream)
         self._open.close()
         names = ["tokens", "learn", "samples.npy", "bad.jsonl", *(self._notes.close() if self._notes else ())]
+        names += self._pictures.close()
         sizes = {name: os.path.getsize(f"{self._stem}.{name}") for name in names}
         num_samples = sum(len(part) for part in self._samples)
         channels = tuple(self._channels)
@@ -151,6 +181,7 @@ class ShardWriter:
         """Close the files of a build that failed; what they hold does not count."""
         if self._notes:
             self._notes.abandon()
+        self._pictures.abandon()
         self._open.close()
 
 
@@ -200,6 +231,7 @@ class TokenCache:
         self.samples = self._load_samples(stems)
         self.notes = None if self.kind == "text" else _load_notes(stems)
         """NOTE [S], unless the kind is text."""
+        self.pictures = PictureNotes(stems, self._first)
 
     @cached_property
     def has_margins(self) -> bool:
@@ -245,6 +277,10 @@ class TokenCache:
         assert self.notes is not None
         note = self.notes[sample]
         return BadRow(self._paths[note["file"]], int(note["line"]), reason)
+
+    def place_of_picture(self, record: np.void, reason: str) -> BadRow:
+        """Where the row of a picture stands in the source, to name it."""
+        return BadRow(self._paths[record["file"]], int(record["line"]), reason)
 
     def bad_rows(self) -> Iterator[BadRow]:
         """All malformed rows, in order."""

@@ -31,6 +31,8 @@ class SourceConfig:
     as_chat: bool = False
     """A prompt that is a string becomes a user's message, the answers to it the assistant's, written down by the chat
     template; else such rows are plain text."""
+    image_dir: str | None = None
+    """Folder that the paths of pictures in the rows start from; null = that of the rows' file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class DataConfig:
     """Where token caches live; every rank must see the same folder."""
     max_bad_fraction: float = 0.0
     """Share of malformed rows of one source up to which the run goes on without them."""
+    max_picture_pixels: int = 178_956_970
+    """Pixels of a picture up to which it is decoded; a small file may hold far more."""
+    picture_workers: int = 2
+    """Threads of each process that read pictures ahead of the step that needs them."""
     random_channels: int = 0
     """k > 0: samples get a channel random_0 .. random_{k-1} by a seeded hash instead of their own (experiments)."""
 
@@ -93,6 +99,9 @@ def problems(cfg: DataConfig) -> list[Problem]:
         )
     if cfg.random_channels < 0:
         found.append(("data.random_channels", cfg.random_channels, "must not be negative", "0 turns it off"))
+    for name in ("max_picture_pixels", "picture_workers"):
+        if getattr(cfg, name) < 1:
+            found.append((f"data.{name}", getattr(cfg, name), "must be at least 1", f"data.{name}=1 or more"))
     for key, path, test in (
         ("data.tokenizer", cfg.tokenizer, os.path.isdir),
         ("data.chat_template", cfg.chat_template, os.path.isfile),
@@ -116,6 +125,8 @@ def source_problems(key: str, source: SourceConfig) -> list[Problem]:
     if source.format not in legal:
         way_out = f"{key}.format={nearest(source.format, legal)} (one of {', '.join(legal)})"
         found.append((f"{key}.format", source.format, "unknown format", way_out))
+    if source.image_dir is not None and not os.path.isdir(os.path.expanduser(source.image_dir)):
+        found.append((f"{key}.image_dir", source.image_dir, "no such folder", nearest_path(source.image_dir)))
     if source.channel is not None and source.channel_field is not None:
         reason = f"{key}.channel_field={source.channel_field} names the channel too"
         found.append((f"{key}.channel", source.channel, reason, "keep one of the two"))

@@ -8,7 +8,7 @@ for both), and `margin` if any pair of the run has one (0 where a pair has none)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,22 +19,35 @@ from data.order import Pieces
 Numbers = Sequence[np.ndarray]
 """float64 [samples, documents of a sample] of each cache."""
 
+Sought = tuple[Document, TokenCache, int, int]
+"""A document whose pictures are to be read, its cache and sample, and its first token there."""
+
 
 def documents_of(
-    caches: Sequence[TokenCache], numbers: Mapping[str, Numbers], pieces: Pieces, chosen: Sequence[int]
+    caches: Sequence[TokenCache],
+    numbers: Mapping[str, Numbers],
+    pieces: Pieces,
+    chosen: Sequence[int],
+    look: Callable[[Sequence[Sought]], list[Document]] | None = None,
 ) -> list[Document]:
     """The documents of the chosen pieces, one after another; a token without a target if there are none.
 
     Args:
         caches: of one kind.
         numbers: facts of documents beside those of the kind, by name.
+        look: reads the pictures of documents.
     """
     margins = has_margins(caches)
-    found = [
-        document
-        for number, piece in enumerate(chosen)
-        for document in _documents(caches, numbers, pieces, piece, number, margins)
-    ]
+    found: list[Document] = []
+    sought: list[Sought] = []
+    for number, piece in enumerate(chosen):
+        at = int(pieces.start_P[piece])
+        for document in _documents(caches, numbers, pieces, piece, number, margins):
+            found.append(document)
+            sought.append((document, caches[pieces.source_P[piece]], int(pieces.sample_P[piece]), at))
+            at += len(document.tokens_L)
+    if look is not None:
+        found = look(sought)
     return found or [_nothing(caches, numbers, margins)]
 
 

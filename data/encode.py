@@ -37,6 +37,8 @@ class Prepared:
     preferences and prompts the hash of the prompt alone: all answers to it are held out together."""
     blank: bool = False
     """There is no text to learn."""
+    pictures: tuple[int, ...] = ()
+    """Tokens that each of its pictures becomes; the text has one place for each."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,28 @@ class Encoded:
 
     tokens_L: np.ndarray
     learn_L: np.ndarray
+    starts: tuple[int, ...] = ()
+    """First token of each picture."""
 
 
 class Encoder:
     """Turns samples into tokens with one tokenizer, one template and one choice of what to learn."""
 
-    def __init__(self, tokenizer: Any, info: TokenizerInfo, chat: Callable[[], ChatTemplate], loss_on: str) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        info: TokenizerInfo,
+        chat: Callable[[], ChatTemplate],
+        loss_on: str,
+        picture: str | None = None,
+    ) -> None:
         """
         Args:
             tokenizer: a fast `transformers` tokenizer.
             info: its facts.
             chat: gives the chat template; called at the first chat, so that plain text needs none.
             loss_on: "assistant" (answers and completions) or "all" (every token).
+            picture: text of the token that stands for a picture, if the model sees any.
         """
         assert loss_on in ("assistant", "all"), loss_on
         self._backend = tokenizer.backend_tokenizer
@@ -66,9 +78,15 @@ class Encoder:
         self._get_chat = chat
         self._chat: ChatTemplate | None = None
         self._all = loss_on == "all"
+        self._picture = picture
+        self._picture_id = None if picture is None else tokenizer.convert_tokens_to_ids(picture)
 
-    def prepare(self, sample: Sample) -> tuple[Prepared, ...]:
+    def prepare(self, sample: Sample, pictures: tuple[int, ...] = (), identity: bytes = b"") -> tuple[Prepared, ...]:
         """The documents of a sample as texts, and what to learn of them: two of a pair, one of anything else.
+
+        Args:
+            pictures: tokens that each of its pictures becomes.
+            identity: what tells samples with the same text and other pictures apart.
 
         Raises:
             RowError: the sample cannot be used.
@@ -88,8 +106,12 @@ class Encoder:
                 raise RowError(
                     f"the text has half a surrogate pair at character {err.start}: not valid Unicode"
                 ) from err
-        hashed = _content_hash(sample)
-        return tuple(replace(document, content_hash=hashed) for document in documents)
+        for document in documents:
+            places = 0 if self._picture is None else document.text.count(self._picture)
+            if places != len(pictures):
+                raise RowError(f"the text has {places} places for pictures, but the row has {len(pictures)} pictures")
+        hashed = _content_hash(sample, identity)
+        return tuple(replace(document, content_hash=hashed, pictures=pictures) for document in documents)
 
     def _answer(self, sample: Completion | Chat) -> Prepared:
         """A document of which only the answer counts, whatever `loss_on` says."""
@@ -155,23 +177,37 @@ class Encoder:
         return [result for result in results if result is not None]
 
     def _finish(self, item: Prepared, tokens_L: np.ndarray, learn_L: np.ndarray) -> Encoded:
-        if not item.plain:
+        if item.plain:
+            tokens_L, learn_L = self._with_ends(item, tokens_L, learn_L)
+        if not item.pictures:
             return Encoded(tokens_L, learn_L)
+        places = np.flatnonzero(tokens_L == self._picture_id)
+        assert len(places) == len(item.pictures), "the tokenizer knows the token of pictures under another text"
+        times_L = np.ones(len(tokens_L), dtype=np.int64)
+        times_L[places] = item.pictures
+        learn_L[places] = False
+        starts = (np.cumsum(times_L) - times_L)[places]
+        return Encoded(np.repeat(tokens_L, times_L), np.repeat(learn_L, times_L), tuple(starts.tolist()))
+
+    def _with_ends(
+        self, item: Prepared, tokens_L: np.ndarray, learn_L: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """A text between the tokenizer's marks of its beginning and its end."""
         bos, eos = self._info.bos_id, self._info.eos_id
         if bos is not None and self._info.adds_bos and (not len(tokens_L) or tokens_L[0] != bos):
             tokens_L, learn_L = np.insert(tokens_L, 0, bos), np.insert(learn_L, 0, self._all)
         asks = item.too_long == DROP and not item.turns  # a prompt goes on
         if eos is not None and not asks and (not len(tokens_L) or tokens_L[-1] != eos):
             tokens_L, learn_L = np.append(tokens_L, eos), np.append(learn_L, bool(item.spans))
-        return Encoded(tokens_L, learn_L)
+        return tokens_L, learn_L
 
 
-def _content_hash(sample: Sample) -> int:
+def _content_hash(sample: Sample, identity: bytes) -> int:
     of: Any = vars(sample)
     if isinstance(sample, Pair | Judged | Ask):
         of = _prompt_of(sample) or (repr(sample) if isinstance(sample, Pair | Judged) else "")
     content = json.dumps(of, sort_keys=True, default=str).encode("utf-8")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(content + identity, digest_size=8).digest(), "little")
 
 
 def _prompt_of(sample: Pair | Judged | Ask) -> str | list[Any]:

@@ -65,6 +65,8 @@ def make_report(
             empty_answers=int(train.empty_C[c] + held.empty_C[c]),
             too_long_pairs=int(train.too_long_C[c] + held.too_long_C[c]),
             desirable=int(train.desirable_C[c]),
+            large_pictures=int(train.large_C[c] + held.large_C[c]),
+            pictures=int(train.pictures_C[c]),
         )
         for c, name in enumerate(channels)
     )

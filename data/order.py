@@ -32,6 +32,8 @@ class Pieces:
     """Learnt tokens that have a token before them."""
     channel_P: np.ndarray
     """Index into TrainingData.channels."""
+    patches_P: np.ndarray
+    """Patches of its pictures."""
 
     def __len__(self) -> int:
         return len(self.sample_P)
@@ -63,6 +65,8 @@ class RowOrder:
     seed: int
     seq_len: int
     packing: str
+    patch_cost: float = 0.0
+    """Work of a patch of a picture, in tokens."""
     _epochs: dict[int, Epoch] = field(default_factory=dict, repr=False)
     _first_rows: list[int] = field(default_factory=lambda: [0], repr=False)
 
@@ -123,12 +127,18 @@ class RowOrder:
 
     def _row(self, epoch: Epoch, index: int) -> Row:
         pieces = epoch.pieces[epoch.starts[index] : epoch.starts[index + 1]]
-        return Row(tuple(pieces.tolist()), tuple(self.pieces.length_P[pieces].tolist()))
+        return row_of(self.pieces, pieces, self.patch_cost)
 
 
-def packed_once(pieces: Pieces, seq_len: int, packing: str) -> list[Row]:
+def row_of(pieces: Pieces, chosen: np.ndarray, patch_cost: float) -> Row:
+    """The chosen pieces as a row."""
+    looked = float(pieces.patches_P[chosen].sum()) * patch_cost
+    return Row(tuple(chosen.tolist()), tuple(pieces.length_P[chosen].tolist()), looked)
+
+
+def packed_once(pieces: Pieces, seq_len: int, packing: str, patch_cost: float = 0.0) -> list[Row]:
     """All pieces once, in rows that do not depend on a seed."""
     rows_P = best_fit(pieces.length_P, seq_len) if packing == "best_fit" else np.arange(len(pieces))
     grouped, starts = group_by_row(rows_P)
     members = [grouped[starts[index] : starts[index + 1]] for index in range(len(starts) - 1)]
-    return [Row(tuple(part.tolist()), tuple(pieces.length_P[part].tolist())) for part in members]
+    return [row_of(pieces, part, patch_cost) for part in members]

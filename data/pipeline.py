@@ -17,6 +17,8 @@ from data.gate import check, make_report
 from data.kinds import KindName
 from data.order import VERSION, Pieces, RowOrder, packed_once
 from data.peers import Peers
+from data.pictures.loader import PictureLoader
+from data.pictures.types import PictureConfig
 from data.report import GateReport
 from data.samples import channel_names, held_out, keep, sample_channels
 from data.tokenizer import TokenizerInfo
@@ -31,6 +33,7 @@ def build(
     peers: Peers,
     max_seq_len: int,
     kind: KindName = "text",
+    pictures: PictureConfig | None = None,
 ) -> TrainingData:
     """Everything from sources to rows. To be called by all ranks together.
 
@@ -43,6 +46,7 @@ def build(
         max_seq_len: longest sequence the model allows.
         kind: what the stage learns from: "text", "preference" or "unpaired" ("prompts" are read by `prompts.py`).
             Of the last two the answers are scored, whatever `loss_on` says.
+        pictures: what the model makes of pictures, if it sees any.
 
     Raises:
         ValueError: a mistake in the section, the tokenizer, the template or the files, or data of another kind.
@@ -51,9 +55,12 @@ def build(
     assert kind != "prompts", "prompts have no loss: see prompts.read"
     if cfg.seq_len > max_seq_len:
         raise ValueError(f"data.seq_len={cfg.seq_len} is longer than the model allows; set data.seq_len={max_seq_len}")
-    found = assemble(cfg, tokenizer_folder, loss_on if kind == "text" else "assistant", seed, peers, kind)
+    found = assemble(cfg, tokenizer_folder, loss_on if kind == "text" else "assistant", seed, peers, kind, pictures)
     fingerprint = fingerprint_of(cfg, found.caches, seed)
-    return TrainingData(found.channels, found.report, found.caches, found.order, found.held_out, fingerprint, kind)
+    look = None if pictures is None else PictureLoader(pictures, cfg.max_picture_pixels, cfg.picture_workers)
+    return TrainingData(
+        found.channels, found.report, found.caches, found.order, found.held_out, fingerprint, kind, look=look
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,13 @@ class Assembled:
 
 
 def assemble(
-    cfg: DataConfig, tokenizer_folder: str | None, loss_on: str, seed: int, peers: Peers, kind: KindName
+    cfg: DataConfig,
+    tokenizer_folder: str | None,
+    loss_on: str,
+    seed: int,
+    peers: Peers,
+    kind: KindName,
+    pictures: PictureConfig | None = None,
 ) -> Assembled:
     """Sources as caches, their pieces, their order, and the gate. To be called by all ranks together.
 
@@ -81,7 +94,8 @@ def assemble(
         raise ValueError("data.tokenizer=null and there is no init_from to take one from; set data.tokenizer=FOLDER")
 
     # 1. Every source as a token cache: one numbered list of samples with tokens, loss mask and channel.
-    maker = Maker(folder, cfg.chat_template, loss_on, "data.tokenizer" if cfg.tokenizer else "init_from")
+    key = "data.tokenizer" if cfg.tokenizer else "init_from"
+    maker = Maker(folder, cfg.chat_template, loss_on, key, pictures, cfg.max_picture_pixels)
     named = [(f"data.sources[{index}]", source) for index, source in enumerate(cfg.sources)]
     named_eval = [(f"data.eval_sources[{index}]", source) for index, source in enumerate(cfg.eval_sources)]
     everything = [open_cache(source, key, cfg.cache_dir, maker, peers, kind) for key, source in named + named_eval]
@@ -99,7 +113,8 @@ def assemble(
 
     # 4. The order of rows, a function of seed and data; the gate looks at its first epoch.
     weights = tuple(source.weight for source in cfg.sources)
-    order = RowOrder(train.pieces, weights, seed, cfg.seq_len, cfg.packing)
+    cost = pictures.patch_cost if pictures else 0.0
+    order = RowOrder(train.pieces, weights, seed, cfg.seq_len, cfg.packing, cost)
     report = make_report(channels, train, held, order, tuple(everything), kind)
     keys = [(key, source.path) for key, source in named + named_eval]
     check(report, keys, cfg.max_bad_fraction, loss_on)
@@ -123,6 +138,8 @@ class TrainingData:
     """Facts of documents that were computed before, by name (see precomputed.py)."""
     share: str | None = None
     """A fact: documents of a micro-batch in which it is the same have what they begin with in common once."""
+    look: PictureLoader | None = None
+    """Reads the pictures of documents, where the model sees any."""
 
     @property
     def rows_per_epoch(self) -> int:
@@ -166,7 +183,7 @@ class TrainingData:
         pieces = self.held_out
         if not len(pieces):
             return []
-        rows = packed_once(pieces, self.order.seq_len, self.order.packing)
+        rows = packed_once(pieces, self.order.seq_len, self.order.packing, self.order.patch_cost)
         mine = split_ragged(rows, rank, world, micro_batch_rows)
         return [self.micro_batch_of(pieces, part) for part in mine]
 
@@ -182,7 +199,7 @@ class TrainingData:
     def micro_batch_of(self, pieces: Pieces, rows: Sequence[Row]) -> MicroBatch:
         """The documents of some rows of `pieces` as one micro-batch; without rows a token without a target."""
         chosen = [piece for row in rows for piece in row.pieces]
-        return collate(documents_of(self.caches, self.numbers, pieces, chosen), self.share)
+        return collate(documents_of(self.caches, self.numbers, pieces, chosen, self.look), self.share)
 
 
 def fingerprint_of(cfg: DataConfig, caches: list[TokenCache], seed: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.cache_files import BadRow, TokenCache
 from data.kinds import KindName
-from data.samples import dropped_for
+from data.samples import dropped_for, too_large
 
 Column = Callable[["ChannelReport"], str]
 
@@ -25,6 +25,7 @@ REASONS = {
     "too_long": "{what} {tokens} tokens, more than {limit}={seq_len}",
     "equal": "chosen and rejected are the same",
     "empty": "an answer is empty: it has nothing to learn",
+    "large": "a picture alone takes {picture} tokens, more than {limit}={seq_len}",
 }
 
 
@@ -60,6 +61,10 @@ class ChannelReport:
     rollout.max_prompt_tokens."""
     desirable: int = 0
     """Judged answers that were found good."""
+    large_pictures: int = 0
+    """Samples with a picture that alone is longer than a row: dropped."""
+    pictures: int = 0
+    """Pictures in the training samples."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,24 @@ class GateReport:
         return LIMITS.get(self.kind, "data.seq_len")
 
     def bad_rows(self) -> Iterator[BadRow]:
-        """Every malformed row, source after source, then the well-formed pairs and judged answers that are dropped."""
+        """Every malformed row, source after source, then the well-formed samples that are dropped whole."""
         for cache in self.caches:
             yield from cache.bad_rows()
+            yield from self._large(cache)
         for cache in (cache for cache in self.caches if cache.notes is not None):
             what = "the prompt has" if self.kind == "prompts" else "the two documents together have"
-            for name, found_S in dropped_for(cache, np.arange(cache.num_samples), self.seq_len).items():
+            dropped = dropped_for(cache, np.arange(cache.num_samples), self.seq_len)
+            for name, found_S in ((name, found_S) for name, found_S in dropped.items() if name != "large"):
                 for sample in np.flatnonzero(found_S).tolist():
                     tokens = int(cache.samples["length"][sample])
                     said = {"what": what, "tokens": tokens, "limit": self.limit, "seq_len": self.seq_len}
                     yield cache.place(sample, REASONS[name].format(**said))
+
+    def _large(self, cache: TokenCache) -> Iterator[BadRow]:
+        """Rows with a picture that does not fit."""
+        for record in too_large(cache, self.seq_len):
+            said = {"picture": int(record["tokens"]), "limit": self.limit, "seq_len": self.seq_len}
+            yield cache.place_of_picture(record, REASONS["large"].format(**said))
 
     def write_bad_rows(self, path: str) -> None:
         """Write a JSON line {file, line, reason} for every malformed or dropped row; replaces the file at once."""
@@ -112,6 +125,8 @@ class GateReport:
 
     def __str__(self) -> str:
         columns = COLUMNS[self.kind]
+        if any(channel.pictures for channel in self.channels):
+            columns = {**_FIRST, **_SEEN, **{name: show for name, show in columns.items() if name not in _FIRST}}
         lines = [tuple(columns), *(tuple(show(channel) for show in columns.values()) for channel in self.channels)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
         table = [
@@ -138,7 +153,9 @@ class GateReport:
             reasons.append(f"{equal:,} with equal answers")
         if empty := sum(channel.empty_answers for channel in self.channels):
             reasons.append(f"{empty:,} with an empty answer")
-        return f"; dropped {DROPPED[self.kind]}: {', '.join(reasons)}" if reasons else ""
+        if large := sum(channel.large_pictures for channel in self.channels):
+            reasons.append(f"{large:,} with a picture longer than {self.limit}={self.seq_len}")
+        return f"; dropped {DROPPED.get(self.kind, 'samples')}: {', '.join(reasons)}" if reasons else ""
 
 
 _FIRST: dict[str, Column] = {
@@ -147,6 +164,7 @@ _FIRST: dict[str, Column] = {
     "tokens": lambda channel: f"{channel.tokens:,}",
     "supervised": lambda channel: f"{channel.supervised_tokens:,}",
 }
+_SEEN: dict[str, Column] = {"pictures": lambda channel: f"{channel.pictures:,}"}
 _LOST: dict[str, Column] = {
     "masked rows": lambda channel: f"{channel.fully_masked_rows:,}",
     "truncated": lambda channel: f"{channel.truncated_rows:,}",

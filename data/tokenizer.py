@@ -134,6 +134,13 @@ def _model_facts(folder: str) -> dict[str, Any]:
     return {"config": SimpleNamespace(**facts, _name_or_path=folder)}
 
 
+def add_special(tokenizer: Any, text: str) -> None:
+    """Make `text` one token of its own, wherever it stands in a text; it keeps its id where it has one."""
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False)], special_tokens=True)
+
+
 def describe(tokenizer: Any) -> TokenizerInfo:
     """The facts of a loaded tokenizer."""
     ids = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids

@@ -19,6 +19,7 @@ from parallel.step_clock import idle_share
 from trainer import channels
 from trainer.config import RunConfig
 from trainer.context import local_part
+from trainer.feed import Feed
 from trainer.logging.log import Log
 from trainer.logging.perf import PerfMeter
 from trainer.stages import Stage
@@ -61,9 +62,10 @@ class Trainer:
         if held_out and progress.step == 0:
             with meter.paused():
                 self._evaluate(held_out, 0)
+        feed = Feed(self._batches_at, self.cfg.data.global_batch_rows, ahead=self.data.look is not None)
         while progress.step < self.total_steps:
             lr = self.cfg.optim.lr_at(progress.step, self.total_steps)
-            result, loads, tokens, flops = self._step(progress, lr)
+            result, loads, tokens, flops = self._step(progress, lr, feed)
             meter.add(tokens, flops)
             last = progress.step == self.total_steps
             self._report(progress.step, result, loads, lr, meter, last)
@@ -73,12 +75,18 @@ class Trainer:
                 if last or (every.save_every and progress.step % every.save_every == 0):
                     self.save(progress)
 
-    def _step(self, progress: Progress, lr: float) -> tuple[StepResult, RouterReport, int, float]:
+    def _batches_at(self, position: int) -> tuple[list[Row], list[MicroBatch]]:
+        """The rows of the step that begins at a position, and this rank's micro-batches of them."""
+        data, dp = self.cfg.data, self.groups.dp
+        rows = self.data.global_batch(position, data.global_batch_rows)
+        return rows, self.data.micro_batches(rows, dp.rank, dp.size, data.micro_batch_rows)
+
+    def _step(
+        self, progress: Progress, lr: float, feed: Feed[tuple[list[Row], list[MicroBatch]]]
+    ) -> tuple[StepResult, RouterReport, int, float]:
         """One optimizer step on the next global batch. Returns its result, how this rank's routers chose, and tokens
         and FLOPs over all ranks."""
-        data, dp = self.cfg.data, self.groups.dp
-        rows = self.data.global_batch(progress.position, data.global_batch_rows)
-        whole = self.data.micro_batches(rows, dp.rank, dp.size, data.micro_batch_rows)
+        rows, whole = feed.take(progress.position, more=progress.step + 1 < self.total_steps)
         batches = [self._part_here(batch) for batch in whole]
         tokens = float(sum(batch.tokens_T.numel() for batch in batches))
         flops = sum(self.flops(batch) for batch in whole) / self.groups.cp.size
@@ -88,7 +96,7 @@ class Trainer:
         result = self.engine.train_step(batches, self.stage.forward, count, lr)
         loads = self.routers.finish(self.groups.sum_tensor)
         progress.step += 1
-        progress.position += data.global_batch_rows
+        progress.position += self.cfg.data.global_batch_rows
         return result, loads, int(tokens), flops
 
     def _report(

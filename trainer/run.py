@@ -26,6 +26,7 @@ from trainer.config import RunConfig, check, format_problems, shares_prompts
 from trainer.door import to_yaml
 from trainer.introduction import introduce, open_log
 from trainer.loop import Progress, Trainer
+from trainer.pictures import picture_config
 from trainer.reading import behind_the_gate
 from trainer.reference import find_reference, preparation
 from trainer.resuming import save, to_resume
@@ -137,6 +138,7 @@ def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:
             seed=cfg.run.seed,
             peers=peers,
             max_seq_len=cfg.model.max_seq_len,
+            pictures=picture_config(cfg.model),
         )
 
     return behind_the_gate(read, cfg, groups, run_dir)

@@ -6,7 +6,7 @@ Legend: P patches, X numbers of a patch, F tokens that a feature stands for, T t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -50,6 +50,8 @@ class PictureConfig:
     end: str
     rotary: bool
     """Positions are three numbers a token: time, row and column (M-RoPE)."""
+    patch_cost: float = field(default=0.0, repr=False)
+    """Work of a patch, in tokens of the decoder: what pictures weigh when rows are dealt out, no result."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def make_order(
     samples = np.tile(np.r_[0, np.arange(num)], len(weights))
     lengths = 1 + (np.arange(len(sources)) * 7) % 8
     zero = np.zeros(len(sources), dtype=np.int64)
-    return RowOrder(Pieces(sources, samples, zero, lengths, lengths, zero), weights, seed, 8, packing)
+    return RowOrder(Pieces(sources, samples, zero, lengths, lengths, zero, zero), weights, seed, 8, packing)
 
 
 def pieces_of(order: RowOrder, start: int, stop: int) -> list[int]:

