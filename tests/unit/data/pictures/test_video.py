@@ -29,13 +29,7 @@ def test_frames_of_an_animation_at_even_distances(kind: str, tmp_path) -> None:
     shades = [10, 40, 70, 100, 130, 160, 190]
     file = tmp_path / "moving"
     file.write_bytes(animation(kind, shades))
-    for count, taken in [
-        (1, [0]),
-        (2, [0, 3]),
-        (3, [0, 2, 4]),
-        (7, [0, 1, 2, 3, 4, 5, 6]),
-        (99, [0, 1, 2, 3, 4, 5, 6]),
-    ]:
+    for count, taken in [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (7, [*range(7)]), (99, [*range(7)])]:
         for source in (file, file.read_bytes()):
             clip = frames_of(source, count)
             assert [frame.getpixel((15, 0)) for frame in clip.frames] == [(shades[n],) * 3 for n in taken]
@@ -52,7 +46,10 @@ def test_a_list_of_pictures_is_a_video_if_they_have_one_size(picture) -> None:
 
     pictures = [picture(9, 5, seed) for seed in range(4)]
     clip = frames_of([written(each) for each in pictures], 2)
-    assert [np.array_equal(frame, pictures[n]) for frame, n in zip(clip.frames, (0, 2), strict=True)] == [True, True]
+    assert [frame.tobytes() == pictures[n].tobytes() for frame, n in zip(clip.frames, (0, 2), strict=True)] == [
+        True,
+        True,
+    ]
     assert clip.seconds is None
     with pytest.raises(PictureError, match="the frames have different sizes: 9 x 5 and 5 x 9 pixels"):
         frames_of([written(pictures[0]), written(picture(5, 9))], 2)
@@ -68,7 +65,7 @@ def test_what_is_decoded_is_bounded_and_broken_animations_are_told() -> None:
         frames_of(moving, 2, limit=8 * 16 * 26 - 1)
     for kind in ("PNG", "WEBP"):
         file = animation(kind, list(range(50)))
-        with pytest.raises(PictureError, match="broken|cut off|known kind"):
+        with pytest.raises(PictureError, match=r"broken|cut off|known kind"):
             frames_of(file[: len(file) // 2], 50)
     draw = np.random.default_rng(0)
     for number in range(150):
