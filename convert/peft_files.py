@@ -95,7 +95,7 @@ def _config(model: ModelConfig, adapter: AdapterWeights, base: str) -> dict[str,
         about |= {
             "use_rslora": cfg.rank_stabilized,
             "use_dora": cfg.dora,
-            "lora_dropout": 0.0,
+            "lora_dropout": cfg.dropout,
             "init_lora_weights": True,
         }
         return found | about

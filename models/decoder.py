@@ -143,7 +143,7 @@ class Decoder(nn.Module):
             missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
             hidden_RD = self._embedded(F.pad(tokens_T, (0, missing)) if missing else tokens_T, pictures)
         assert hidden_RD is not None, "only the first chunk begins with tokens"
-        tokens = Tokens.of(tokens_T, packing.borders, channel_T, self.place)
+        tokens = Tokens.of(tokens_T, packing.borders, channel_T, self.place, positions_T)
         hidden_RD = self._layers(hidden_RD, packing, tokens)
         if self.norm is None or self.head is None:
             return hidden_RD

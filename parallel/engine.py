@@ -18,6 +18,7 @@ from torch import nn
 
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.deepspeed_setup import import_deepspeed, mark_experts, start
+from parallel.dropout import Dropout
 from parallel.ds_config import ds_config
 from parallel.gradients import global_norm, sum_over_tp
 from parallel.groups import ALL_DATA, Groups
@@ -100,6 +101,7 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(root, list(layer_types))
         has_experts = mark_experts(root, groups)
         self.optimizer = optimizer(root)
+        self._dropouts = [module for module in root.modules() if isinstance(module, Dropout)]
         self.loss_scale = LossScale(dynamic=cfg.precision == "fp16")
         self.ds = start(root, self.optimizer, config, groups, has_experts)
         if not self._reduces:
@@ -163,6 +165,8 @@ class Engine:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        for dropout in self._dropouts:
+            dropout.step = self.optimizer_steps
         scale = self.loss_scale.value
         if self.cfg.zero and self.loss_scale.dynamic:
             self.ds.optimizer.override_loss_scale(scale)

@@ -19,8 +19,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from parallel.collectives import start_all_reduce, start_gather_rows, start_scatter_rows
+from parallel.dropout import Kept
 from parallel.later import weight_gradient_now_or_later
-from parallel.matmul import Again, compute_dtype, packed_linear, product_nt, weight_gradient
+from parallel.matmul import Again, compute_dtype, packed_linear, plus, product_nt, weight_gradient
 from parallel.sharding import SINGLE, Place
 
 
@@ -90,22 +91,25 @@ class _FrozenLinear(torch.autograd.Function):
         beside: Beside,
         again: Again | None,
         place: Place,
+        kept: Kept | None,
     ) -> torch.Tensor:
         dtype = compute_dtype(x)
         ctx.dtype, ctx.x_dtype, ctx.place, ctx.beside = dtype, x.dtype, place, beside
         ctx.weight, ctx.a, ctx.b, ctx.again = weight, a, b, again.fn if again else None
+        ctx.kept_scale = kept.scale if kept is not None else None
         x = x.to(dtype)
         rows = start_gather_rows(x, place.tp).wait() if place.splits_rows else x
         with torch.autocast(x.device.type, enabled=False):
             out = product_nt(rows, dense(weight, dtype))
             if a is not None and b is not None:
-                h = product_nt(rows, a.to(dtype))
+                h = product_nt(rows if kept is None else kept.of(x), a.to(dtype))
+                if kept is not None and place.splits_rows:  # the mask is that of own rows
+                    h = start_gather_rows(h, place.tp).wait()
                 beside.add(out, h, b.to(dtype))
-                ctx.save_for_backward(h, *(again.tensors if again else (x,)))
-            if bias is not None:
-                out += bias
-            if residual is not None:
-                out = out.add_(residual) if residual.dtype == out.dtype else residual + out
+                # Not an attribute: what a layer keeps that is made again is freed until then.
+                mask = kept.mask if kept is not None else None
+                ctx.save_for_backward(h, mask, *(again.tensors if again else (x,)))
+            out = plus(out, bias, residual)
         return out
 
     @staticmethod
@@ -113,7 +117,8 @@ class _FrozenLinear(torch.autograd.Function):
         need_x, need_a, need_b, need_r = ctx.needs_input_grad[:4]
         place, beside, dtype = ctx.place, ctx.beside, ctx.dtype
         a: torch.Tensor | None = ctx.a
-        h, *kept = ctx.saved_tensors if a is not None else (grad,)
+        h, mask, *kept = ctx.saved_tensors if a is not None else (grad, None)
+        stays = None if mask is None else Kept(mask, ctx.kept_scale)
         grad_c, by_rows = grad.to(dtype), place.splits_rows
         waiting = grad_a = grad_b = grad_h = None
         with torch.autocast(grad.device.type, enabled=False):
@@ -124,23 +129,31 @@ class _FrozenLinear(torch.autograd.Function):
             if need_x:
                 grad_x = product_nt(grad_c, dense(ctx.weight, dtype).t())
                 if a is not None and grad_h is not None and not by_rows:
-                    grad_x.addmm_(grad_h, a.to(dtype))
+                    _add_back(grad_x, grad_h, a.to(dtype), stays)
                 waiting = (start_scatter_rows if by_rows else start_all_reduce)(grad_x, place.tp)
             if need_a and grad_h is not None:
-                grad_a = weight_gradient_now_or_later(ctx.a, partial(_a_gradient, ctx, grad_h, kept))
+                grad_a = weight_gradient_now_or_later(ctx.a, partial(_a_gradient, ctx, grad_h, kept, stays))
             if need_b:
                 grad_b = weight_gradient_now_or_later(ctx.b, partial(_b_gradient, ctx, grad_c, h))
             grad_x = waiting.wait() if waiting else None
             if grad_x is not None and a is not None and grad_h is not None and by_rows:
-                grad_x.addmm_(grad_h, a.to(dtype))
+                _add_back(grad_x, grad_h, a.to(dtype), stays)
         grad_x = None if grad_x is None else grad_x.to(ctx.x_dtype)
-        return grad_x, grad_a, grad_b, grad if need_r else None, None, None, None, None, None
+        return grad_x, grad_a, grad_b, grad if need_r else None, None, None, None, None, None, None
 
 
-def _a_gradient(ctx: Any, grad_h: torch.Tensor, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+def _add_back(grad_x: torch.Tensor, grad_h: torch.Tensor, a: torch.Tensor, kept: Kept | None) -> None:
+    """grad_x += the input's gradient through the adapter."""
+    if kept is None:
+        grad_x.addmm_(grad_h, a)
+    else:
+        grad_x.add_(kept.of(torch.mm(grad_h, a)))
+
+
+def _a_gradient(ctx: Any, grad_h: torch.Tensor, kept: Sequence[torch.Tensor], stays: Kept | None) -> torch.Tensor:
     with torch.autocast(grad_h.device.type, enabled=False):
         x = ctx.again(*kept).to(ctx.dtype) if ctx.again else kept[0]
-        return weight_gradient(grad_h, x).to(ctx.a.dtype)
+        return weight_gradient(grad_h, x if stays is None else stays.of(x)).to(ctx.a.dtype)
 
 
 def _b_gradient(ctx: Any, grad: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -157,6 +170,7 @@ def frozen_linear(
     residual: torch.Tensor | None = None,
     again: Again | None = None,
     place: Place = SINGLE,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """`x W^T + s (x A^T) B^T + bias + residual`; differentiable by x, A, B and residual.
 
@@ -164,6 +178,7 @@ def frozen_linear(
         x: [T, I]; of a column layer under sequence parallel this rank's rows.
         pair: A [n r, I] and B [O, r] as they lie here; None for the weight alone.
         again: how the backward makes `x` again; without it `x` is kept where A is trained.
+        kept: dropout on what goes into A, of `x` as it came.
         place: of a column layer, whose input is whole or gathered from the ranks' rows; otherwise nothing is exchanged.
 
     Returns:
@@ -176,4 +191,4 @@ def frozen_linear(
                 beside.add(out, product_nt(x, pair[0]), pair[1])
             return out
     a, b = pair or (None, None)
-    return _FrozenLinear.apply(x, a, b, residual, weight, bias, beside, again, place)
+    return _FrozenLinear.apply(x, a, b, residual, weight, bias, beside, again, place, kept)

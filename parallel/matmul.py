@@ -125,6 +125,15 @@ def product_nt_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return product_nt(a.float(), b.float())
 
 
+def plus(out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+    """A fresh product with what is added to it, in place where types allow."""
+    if bias is not None:
+        out += bias
+    if residual is None:
+        return out
+    return out.add_(residual) if residual.dtype == out.dtype else residual + out
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a matrix product of `x` runs in: autocast's where it is on, else that of `x`."""
     device = x.device.type
@@ -160,11 +169,7 @@ class _Linear(torch.autograd.Function):
         kept = again.tensors if again else (x,)
         ctx.save_for_backward(weight, *(kept if ctx.needs_input_grad[1] else ()))
         with torch.autocast(x.device.type, enabled=False):
-            out = product_nt(x, weight.to(dtype))
-            if bias is not None:
-                out += bias
-            if residual is not None:
-                out = out.add_(residual) if residual.dtype == out.dtype else residual + out
+            out = plus(product_nt(x, weight.to(dtype)), bias, residual)
         return out
 
     @staticmethod

@@ -48,7 +48,7 @@ def train(
     source = AdapterSource(InitSource(cfg, seed=SEED), cfg, adapter, 5, saved, begin)
     optim = OptimConfig(lr=LR, clip=0.0, eps=EPS, weight_decay=0.0)
     engine_cfg = EngineConfig(zero=zero, recompute=recompute, precision=precision)
-    engine = make_engine(cfg, engine_cfg, optim, groups, source, layout, adapter=adapter)
+    engine = make_engine(cfg, engine_cfg, optim, groups, source, layout, adapter=adapter, seed=5)
     if saved:
         checkpoint.restore(saved, engine, groups)
     stage = NextToken(len(NAMES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,12 @@ import torch
 from convert.from_hf import whole_shapes
 from convert.to_hf import export
 from data.batch import MicroBatch
-from models import ModelConfig
+from models import ModelConfig, build
+from models.adapters.config import LoraConfig
+from models.adapters.targets import layers_of
 from models.init import InitSource
+from parallel.dropout import Dropout, token_keys
+from parallel.sharding import SINGLE
 
 SEED = 3
 
@@ -68,12 +72,54 @@ def losses_of(model: Any, batch: MicroBatch) -> torch.Tensor:
     return total
 
 
-def train(model: Any, steps: Sequence[Sequence[MicroBatch]], lr: float, eps: float) -> dict[str, Any]:
+class SameDropout(torch.nn.Module):
+    """In the place of peft's dropout of one layer: drops what ours drops."""
+
+    def __init__(self, dropout: Dropout) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = self.dropout.kept(x[0])
+        return x if kept is None else kept.of(x)
+
+
+def drop_as_ours(model: Any, cfg: ModelConfig, adapter: LoraConfig, seed: int) -> Callable[[int], None]:
+    """Give peft's adapters our dropout; returns what tells it the step."""
+    found: list[Dropout] = []
+    for layer in layers_of(build(cfg), adapter.targets):
+        for part in layer.adapted:
+            dropout = Dropout(adapter.dropout, seed, layer.path, range(layer.inputs), True, SINGLE)
+            model.get_submodule(f"base_model.model.{part.module}").lora_dropout["default"] = SameDropout(dropout)
+            found.append(dropout)
+
+    def enter(module: Any, given: Any, named: dict[str, Any]) -> None:
+        ids = named["input_ids"][0]
+        for dropout in found:
+            dropout.key_T = token_keys(ids, torch.arange(len(ids)))
+
+    def at(step: int) -> None:
+        for dropout in found:
+            dropout.step = step
+
+    model.register_forward_pre_hook(enter, with_kwargs=True)
+    model.train()
+    return at
+
+
+def train(
+    model: Any,
+    steps: Sequence[Sequence[MicroBatch]],
+    lr: float,
+    eps: float,
+    at: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
     """AdamW over the adapter alone: the loss of each step, the gradients of the first, the adapter afterwards."""
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     out: dict[str, Any] = {"losses": []}
-    for batches in steps:
+    for step, batches in enumerate(steps):
+        at(step)
         count = sum(batch.num_targets for batch in batches)
         optimizer.zero_grad()
         loss = torch.stack([losses_of(model, batch) for batch in batches]).sum() / count

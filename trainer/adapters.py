@@ -94,6 +94,8 @@ def _of_experts(adapter: LoraConfig | Ia3Config) -> Iterator[Problem]:
     elif adapter.dora:
         reason = "measures rows of linear layers, and experts are stacked"
         yield Problem("adapter.dora", True, reason, f"adapter.dora=false, or {way}")
+    elif adapter.dropout:
+        yield Problem("adapter.dropout", adapter.dropout, "experts' adapters have none", f"adapter.dropout=0, or {way}")
     elif adapter.init == "pissa":
         reason = "takes linear layers apart, and experts are stacked"
         yield Problem("adapter.init", "pissa", reason, f"adapter.init=zero, or {way}")
@@ -149,7 +151,7 @@ def _start(cfg: RunConfig) -> list[Problem]:
     if theirs.name != adapter.name:
         return [Problem(key, adapter.start, f"is an adapter of kind {theirs.name}", f"adapter={theirs.name}")]
     own, given = vars(adapter), vars(weights.cfg)
-    differ = [name for name in own if name not in ("start", "targets", "base") and own[name] != given[name]]
+    differ = [name for name in own if name not in ("start", "targets", "base", "dropout") and own[name] != given[name]]
     parts = [part for layer in sample(cfg.model) for part in layer.parts]
     wanted = {part.name for part in parts if part.chosen_by(adapter.targets)}
     found = [Problem(f"adapter.{n}", own[n], f"is {given[n]} in {folder}", f"adapter.{n}={given[n]}") for n in differ]

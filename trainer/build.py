@@ -44,16 +44,17 @@ def make_engine(
     layout: ParallelConfig = ALL_DATA,
     row_length: int | None = None,
     adapter: AdapterConfig | None = None,
+    seed: int = 0,
 ) -> Engine:
     """This rank's part of the model on the meta device, filled from ``source`` and handed to DeepSpeed.
 
     ``row_length`` is the usual number of tokens of a row, by which pipeline stages are balanced. With an ``adapter``
-    nothing else is trained.
+    nothing else is trained; its dropout follows from ``seed``.
     """
     chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
     if adapter is not None:
         for chunk in chunks:
-            attach(chunk, adapter)
+            attach(chunk, adapter, seed)
             if engine_cfg.zero == 3:
                 ask_for_input_gradients(chunk)
     adamw = functools.partial(_adamw, optim)

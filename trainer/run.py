@@ -79,7 +79,7 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
             log.note(f"note: the scalar head starts from fresh weights; {cfg.init_from} has none")
         reference, corpus = find_reference(cfg, groups, corpus, log)
         engine = make_engine(
-            cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len, cfg.adapter
+            cfg.model, cfg.engine, cfg.optim, groups, source, cfg.parallel, cfg.data.seq_len, cfg.adapter, cfg.run.seed
         )
         del source
         folders.forget()  # of a large model the headers alone are large

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
 from models.adapters.config import AdapterConfig, BitfitConfig, LoraConfig
 from models.adapters.experts import adapted_experts
 from models.adapters.ia3 import Factors, scaled
 from models.adapters.lora import LowRank, adapted
-from models.adapters.targets import expert_layers, layers_of, linears, stacks
+from models.adapters.targets import Layer, Linear, expert_layers, layers_of, linears, stacks
 from models.blocks.moe import Experts
 from models.decoder import Decoder
 from models.heads import ScalarHead
+from parallel.dropout import Dropout
+from parallel.layers import RowLinear
+from parallel.sharding import Place
 
 
-def attach(model: Decoder, cfg: AdapterConfig) -> None:
-    """Give a decoder on the meta device, or a chunk of one, its adapters.
+def attach(model: Decoder, cfg: AdapterConfig, seed: int = 0) -> None:
+    """Give a decoder on the meta device, or a chunk of one, its adapters. Their dropout follows from `seed`.
 
     Trained are the adapters (of BitFit the biases) and a scalar head, which a language model does not bring. Parameters
     keep their names; those of an adapter are `<layer>.adapter.<…>`.
@@ -37,9 +46,31 @@ def attach(model: Decoder, cfg: AdapterConfig) -> None:
         if isinstance(cfg, LoraConfig):
             if layer.chosen or cfg.base == "nf4":
                 low_rank = LowRank(layer, base, cfg, model.place) if layer.chosen else None
-                setattr(model.get_submodule(above), name, adapted(base, low_rank, cfg.base == "nf4"))
+                dropout = _dropout(layer, base, cfg, model.place, seed) if layer.chosen and cfg.dropout else None
+                setattr(model.get_submodule(above), name, adapted(base, low_rank, cfg.base == "nf4", dropout))
         elif layer.chosen:
             setattr(model.get_submodule(above), name, scaled(base, Factors(layer, base, model.place)))
+    _name_tokens_to_dropouts(model)
+
+
+def _dropout(layer: Layer, base: Linear, cfg: LoraConfig, place: Place, seed: int) -> Dropout:
+    local, row = base.weight.shape[1], isinstance(base, RowLinear)
+    first = place.tp.rank * local if row else 0
+    return Dropout(cfg.dropout, seed, layer.path, range(first, first + local), not row, place)
+
+
+def _name_tokens_to_dropouts(model: Decoder) -> None:
+    """Have every layer tell its dropouts the tokens when it is entered, also to be made again in the backward."""
+    for layer in model.layers.values():
+        dropouts = [module for module in layer.modules() if isinstance(module, Dropout)]
+        if dropouts:
+            layer.register_forward_pre_hook(functools.partial(_enter, dropouts))
+
+
+def _enter(dropouts: list[Dropout], layer: nn.Module, given: tuple[Any, ...]) -> None:
+    if layer.training and torch.is_grad_enabled():
+        for dropout in dropouts:
+            dropout.key_T = given[2].key_T
 
 
 def _attach_to_experts(model: Decoder, path: str, base: Experts, cfg: LoraConfig) -> None:

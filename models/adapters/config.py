@@ -27,6 +27,8 @@ class LoraConfig:
     """Names of linear layers as Hugging Face has them (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj),
     or all-linear: every one but the head. Experts are chosen by experts.gate_up_proj and experts.down_proj, never by
     all-linear; routers and shared experts take none."""
+    dropout: float = 0.0
+    """Share of an adapter's input elements that are dropped in training; experts' adapters have none."""
     rank_stabilized: bool = False
     """Multiply with alpha / sqrt(rank) instead (rsLoRA)."""
     dora: bool = False
@@ -52,6 +54,7 @@ class LoraConfig:
             ("rank", self.rank >= 1, "must be at least 1", "adapter.rank=16"),
             ("alpha", self.alpha > 0, "must be above 0", "adapter.alpha=32"),
             ("targets", bool(self.targets), "names no layer", "'adapter.targets=[all-linear]'"),
+            ("dropout", 0 <= self.dropout < 1, "is a share, at least 0 and below 1", "adapter.dropout=0.05"),
             (
                 "dora",
                 not (self.dora and self.init == "pissa"),
@@ -65,17 +68,7 @@ class LoraConfig:
                 "adapter.init=zero or adapter.start=null",
             ),
         ]
-        found = [(key, getattr(self, key), why, way) for key, good, why, way in rules if not good]
-        return found + (_nf4_problems(self) if self.base == "nf4" else [])
-
-
-def _nf4_problems(cfg: LoraConfig) -> list[Problem]:
-    way = "adapter.base=fp32"
-    if cfg.dora:
-        return [("dora", True, "is not offered over a base in 4 bits", f"adapter.dora=false or {way}")]
-    if cfg.init == "pissa":
-        return [("init", "pissa", "is not offered over a base in 4 bits", f"adapter.init=zero or {way}")]
-    return []
+        return [(key, getattr(self, key), why, way) for key, good, why, way in rules if not good]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from models.adapters.config import LoraConfig
 from models.adapters.targets import Layer, Linear, take_over
 from models.blocks.mla import DownLinear
 from parallel.collectives import all_reduce, leave
+from parallel.dropout import Dropout
 from parallel.layers import ColumnLinear, RowLinear, parameter
 from parallel.low_rank import Beside, Packed, frozen_linear
 from parallel.matmul import Again
@@ -87,9 +88,9 @@ class LowRank(nn.Module):
 class Adapter(Switch):
     """What an adapted layer has beside its weight: adapters, or none over a weight in 4 bits."""
 
-    def __init__(self, low_rank: LowRank | None, nf4: bool) -> None:
+    def __init__(self, low_rank: LowRank | None, nf4: bool, dropout: Dropout | None = None) -> None:
         super().__init__()
-        self.low_rank, self.nf4 = low_rank, nf4
+        self.low_rank, self.nf4, self.dropout = low_rank, nf4, dropout
         self.packed: Nf4 | None = None
 
     def pair(self) -> Pair | None:
@@ -114,11 +115,17 @@ class Adapter(Switch):
         weight: torch.Tensor | Packed = base.weight if self.packed is None else self.packed
         low_rank = self.low_rank
         beside = low_rank.beside if low_rank is not None else Beside(1.0, ())
+        kept = self.dropout.kept(x) if self.dropout is not None and self.on else None
         if low_rank is None or low_rank.magnitude is None or not self.on:
-            return frozen_linear(x, weight, self.pair(), beside, bias, residual, again, place)
-        out = frozen_linear(x, weight, self.pair(), beside, again=again, place=place)
+            return frozen_linear(x, weight, self.pair(), beside, bias, residual, again, place, kept)
+        # Dropout goes before the weight too where that is part of what is turned, as in `peft`.
+        inside, again = (x, again) if kept is None else (kept.of(x), None)
+        out = frozen_linear(inside, weight, self.pair(), beside, again=again, place=place)
         cut = base.place if isinstance(base, AdaptedRow) and base.place.tp.size > 1 else None
-        out = out * low_rank.factor(base.weight, cut).to(out.dtype)
+        whole = base.weight if self.packed is None else self.packed.dense(torch.float32)
+        out = out * low_rank.factor(whole, cut).to(out.dtype)
+        if kept is not None:
+            out = out + frozen_linear(x - inside, weight, None, beside, place=place)
         out = out if bias is None else out + bias
         return out if residual is None else residual + out
 
@@ -175,9 +182,9 @@ class AdaptedRow(_Adapted, RowLinear):
         return residual + out
 
 
-def adapted(base: Linear, low_rank: LowRank | None, nf4: bool) -> Linear:
+def adapted(base: Linear, low_rank: LowRank | None, nf4: bool, dropout: Dropout | None = None) -> Linear:
     """The layer with adapters that takes the place of a plain one."""
-    adapter = Adapter(low_rank, nf4)
+    adapter = Adapter(low_rank, nf4, dropout)
     if isinstance(base, ColumnLinear):
         return AdaptedColumn(base, adapter)
     return AdaptedRow(base, adapter) if isinstance(base, RowLinear) else AdaptedDown(base, adapter)

@@ -14,6 +14,7 @@ from models.adapters.targets import Layer, layers_of
 from models.config import ModelConfig
 from models.decoder import build
 from parallel.materialise import TensorSource
+from parallel.nf4 import Nf4
 from parallel.sharding import Cut, Shard
 
 
@@ -80,7 +81,8 @@ class AdapterSource(TensorSource):
         if kind == "factor":
             return torch.ones(sum(param.sizes))
         if kind == "magnitude":
-            weight = self.base.tensor(f"{layer.path}.weight").float()
+            weight = self.base.tensor(layer.weight).float()
+            weight = Nf4.of(weight).dense(torch.float32) if self._lora.base == "nf4" else weight
             return torch.cat([torch.linalg.vector_norm(weight[slice(*layer.rows(i))], dim=1) for i in layer.chosen])
         if self._takes_apart:
             return self._principal(layer)[kind[-1]]

@@ -20,6 +20,7 @@ from torch import nn
 from models.config import MoEConfig
 from parallel.collectives import all_reduce
 from parallel.context import token_ranges
+from parallel.dropout import token_keys
 from parallel.layers import parameter
 from parallel.matmul import Again, linear
 from parallel.sharding import REPLICATED, Place
@@ -39,11 +40,26 @@ class Tokens:
     device: torch.device
     channel_T: torch.Tensor | None
     place: Place
+    words: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The tokens themselves and their positions, int64 [T]; only training asks for them."""
 
     @staticmethod
-    def of(tokens_T: torch.Tensor, borders: Sequence[int], channel_T: torch.Tensor | None, place: Place) -> "Tokens":
+    def of(
+        tokens_T: torch.Tensor,
+        borders: Sequence[int],
+        channel_T: torch.Tensor | None,
+        place: Place,
+        positions_T: torch.Tensor | None = None,
+    ) -> "Tokens":
         """The tokens this rank has of the micro-batch with these document borders."""
-        return Tokens(tuple(borders), tokens_T.shape[0], tokens_T.device, channel_T, place)
+        words = None if positions_T is None else (tokens_T, positions_T)
+        return Tokens(tuple(borders), tokens_T.shape[0], tokens_T.device, channel_T, place, words)
+
+    @cached_property
+    def key_T(self) -> torch.Tensor:
+        """int64 [T]: what tells each token apart in every layout (`parallel.dropout`)."""
+        assert self.words is not None
+        return token_keys(*self.words)
 
     @cached_property
     def place_T(self) -> torch.Tensor | None:

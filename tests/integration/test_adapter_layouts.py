@@ -21,6 +21,7 @@ BIASED = dataclasses.replace(DEEP, qkv_bias=True, attention_out_bias=True, mlp_b
 ONE_KV = dataclasses.replace(TINY, num_kv_heads=1)
 LORA, SOME = LoraConfig(rank=4, alpha=8), LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
 DORA, PISSA = dataclasses.replace(LORA, dora=True), dataclasses.replace(LORA, init="pissa")
+DROPPED = dataclasses.replace(LORA, dropout=0.3)
 WIDE = dataclasses.replace(DEEP, hidden_size=64, intermediate_size=128, head_dim=16)
 MOE = dataclasses.replace(DEEP, family="mixtral", moe=MoEConfig(4, 2, 48, capacity=1.25))
 EXPERTS = dataclasses.replace(LORA, targets=("v_proj", "experts.gate_up_proj", "experts.down_proj"))
@@ -32,7 +33,9 @@ ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
     (DEEP, SOME, 2, {"zero": 2, "micro_rows": 2, "recompute": "selective"}),
     (DEEP, LORA, 2, {"pp": 2, "schedule": "zbv", "micro_rows": 2, "zero": 0}),
     (DEEP, SOME, 2, {"pp": 2, "schedule": "zero_bubble", "micro_rows": 2}),
-    (DEEP, LORA, 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2, "recompute": "selective"}),
+    (DEEP, DROPPED, 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2, "recompute": "selective"}),
+    (DEEP, DROPPED, 4, {"tp": 2, "cp": 2, "micro_rows": 2, "recompute": "full", "zero": 3}),
+    (ONE_KV, dataclasses.replace(DROPPED, dora=True), 2, {"tp": 2, **SP, "recompute": "full"}),
     (ONE_KV, LORA, 4, {"tp": 4, **SP}),
     (DEEP, LORA, 4, {"tp": 2, **SP, "zero": 3, "micro_rows": 2}),
     (ONE_KV, DORA, 2, {"tp": 2, **SP, "recompute": "full"}),
@@ -53,7 +56,7 @@ ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
 def name(row: Any) -> str:
     """What a row is called."""
     model, adapter, processes, options = row
-    kinds = {DORA: "dora", PISSA: "pissa", SOME: "some", QLORA: "qlora", EXPERTS: "experts"}
+    kinds = {DORA: "dora", PISSA: "pissa", SOME: "some", QLORA: "qlora", EXPERTS: "experts", DROPPED: "dropped"}
     kind, shape = kinds.get(adapter, adapter.name), f"{model.num_layers}x{model.hidden_size}"
     return f"{kind}-{shape}-{processes}-{','.join(f'{key}-{value}' for key, value in options.items())}"
 

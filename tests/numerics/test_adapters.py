@@ -60,6 +60,8 @@ ROWS = [
     ("lora on experts", MIXTRAL, lambda: lora(targets=("q_proj", *EXPERTS))),
     ("rslora on down of experts", MIXTRAL, lambda: lora(rank_stabilized=True, targets=EXPERTS[1:])),
     ("dora", TINY, lambda: lora(dora=True)),
+    ("lora with dropout", TINY, lambda: lora(dropout=0.25)),
+    ("dora with dropout, biases, tied", QWEN, lambda: lora(dropout=0.25, dora=True, targets=MIXED)),
     ("dora on some, biases, tied", QWEN, lambda: lora(dora=True, targets=MIXED)),
     ("ia3", TINY, ia3),
     ("ia3, biases, tied", QWEN, ia3),
@@ -78,7 +80,9 @@ def test_trains_as_peft_does(cfg: ModelConfig, made: Any, tmp_path: Path, pool: 
         float(sum(peft_reference.losses_of(plain, batch) for batch in batches)) / sum(b.num_targets for b in batches)
         for batches in steps
     ]
-    expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
+    at = [peft_reference.drop_as_ours(model, cfg, adapter, 5)] if getattr(adapter, "dropout", 0) else []
+    expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS, *at)
+    model.eval()
     found = pool(1).run(adapter_cases.train, cfg, adapter, start=str(tmp_path / "start"), zero=0)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     assert found["off"] == pytest.approx(without, rel=1e-6)
@@ -125,20 +129,29 @@ def test_pissa_is_that_of_peft(tmp_path: Path, pool: Callable[[int], Pool]) -> N
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_a_base_in_four_bits_is_what_its_codes_mean(tmp_path: Path, pool: Callable[[int], Pool]) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
+def test_a_base_in_four_bits_is_what_its_codes_mean(kind: str, tmp_path: Path, pool: Callable[[int], Pool]) -> None:
     """Trained beside packed weights, as peft beside the weights that bitsandbytes unpacks."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from peft import get_peft_model
 
     cfg = dataclasses.replace(TINY, hidden_size=64, intermediate_size=128, head_dim=16)
-    adapter, theirs = lora(base="nf4", targets=("q_proj", "down_proj"))
+    adapter, theirs = lora(base="nf4", dora=kind == "dora", targets=("q_proj", "down_proj"))
     base = peft_reference.base_folder(cfg, tmp_path / "base")
-    model = peft_reference.random_adapter(base, tmp_path / "start", theirs)
+    if kind == "pissa":
+        adapter, theirs.init_lora_weights = dataclasses.replace(adapter, init="pissa"), "pissa"
+        model: Any = get_peft_model(peft_reference.hf_model(base), theirs)
+    else:
+        model = peft_reference.random_adapter(base, tmp_path / "start", theirs)
     for name, param in model.named_parameters():
         if "_proj." in name and "lora" not in name:
             codes = quantize_4bit(param.data, blocksize=64, quant_type="nf4", compress_statistics=False)
             param.data = dequantize_4bit(*codes)
     steps = [my_parts(step, ONE, ALL_DATA, 8) for step in range(2)]
     expected = peft_reference.train(model, steps, adapter_cases.LR, adapter_cases.EPS)
-    found = pool(1).run(adapter_cases.train, cfg, adapter, start=str(tmp_path / "start"), zero=0, steps=2)[0]
+    start = None if kind == "pissa" else str(tmp_path / "start")
+    found = pool(1).run(adapter_cases.train, cfg, adapter, start=start, zero=0, steps=2)[0]
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+    fresh = pool(1).run(adapter_cases.train, cfg, adapter, zero=0, steps=1)[0]
+    assert fresh["losses"] == pytest.approx(fresh["off"], rel=1e-6)
     assert found["bytes"] < 0.6 * 4 * found["parameters"]  # embedding and head stay as they are

@@ -43,7 +43,7 @@ def make_policy(
 ) -> Learner:
     """The policy with its update, from its start or from where it goes on."""
     source, sizes = weights_of(cfg, saved), (cfg.parallel, cfg.data.seq_len)
-    engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, *sizes, cfg.adapter)
+    engine = make_engine(cfg.model, cfg.engine, cfg.optim, groups, source, *sizes, cfg.adapter, cfg.run.seed)
     update = Policy(stage, channels, cfg.rollout.max_new_tokens, cfg.rollout.temperature, groups.cp)
     routers = RouterBook(engine.chunks, channels)
     return Learner("train", engine, update, routers, cfg.optim, packer_of(cfg, groups), groups)
