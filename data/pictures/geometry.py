@@ -94,19 +94,14 @@ def native_size(width: int, height: int, cfg: PictureConfig) -> tuple[int, int]:
 
 
 def best_resolution(width: int, height: int, grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Of (height, width) pairs the one in which most of the picture's pixels survive, then that with the least border.
-
-    Raises:
-        PictureError: the picture vanishes in all of them.
-    """
+    """Of (height, width) pairs the one in which most of the picture's pixels survive, then that with the least border."""
     best, most, least = None, 0, math.inf
     for high, wide in grids:
         scale = min(wide / width, high / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         if kept > most or (kept == most and high * wide - kept < least):
             best, most, least = (high, wide), kept, high * wide - kept
-    if best is None:
-        raise PictureError(f"a picture of {width} x {height} pixels vanishes in every one of the grids")
+    assert best is not None, "no grids to choose from"
     return best
 
 

@@ -140,4 +140,4 @@ def _of_numbers(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise PictureError("its pixels are 32-bit numbers, of which no file says what is black and what is white")
-    return Image.fromarray(np.rint(values * (255 / 65535)).astype(np.uint8))
+    return Image.fromarray(np.rint(values.astype(np.float32) / 257).astype(np.uint8))
