@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import time
 import weakref
 from typing import Any
@@ -21,15 +22,30 @@ from trainer.optim import decay_groups
 
 
 class CountedSource(TensorSource):
-    """Whole tensors whose memory is watched: the most bytes that were alive when another one was asked for."""
+    """Whole tensors whose memory is watched: the most bytes that were alive when another one was asked for.
 
-    def __init__(self, source: Any):
-        self.source, self.alive, self.most, self.asked = source, {}, 0, 0
+    Args:
+        allowed: bytes above which a moment is given for what was sent to be let go; None = none is.
+    """
+
+    def __init__(self, source: Any, allowed: int | None = None):
+        self.source, self.allowed = source, allowed
+        self.alive: dict[str, int] = {}
+        self.most, self.asked = 0, 0
+
+    def wait_for(self, most: int) -> None:
+        """Gloo's thread lets go of what it sent last a moment after the call is done; DeepSpeed leaves cycles, and when
+        Python finds those depends on the tests before."""
+        gc.collect()
+        end = time.monotonic() + 2.0
+        while sum(self.alive.values()) > most and time.monotonic() < end:
+            time.sleep(0.01)
+            gc.collect()
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, on an array that tells when the last tensor on it is gone."""
-        gc.collect()  # DeepSpeed leaves cycles, and when Python finds those depends on the tests before
         array = self.source.tensor(name).numpy().copy()
+        self.wait_for(sys.maxsize if self.allowed is None else self.allowed - array.nbytes)
         self.asked += 1
         self.alive[name] = array.nbytes
         weakref.finalize(array, self.alive.pop, name)
@@ -42,17 +58,13 @@ def alive_while_filling(partition: bool) -> dict[str, int]:
     groups = here()
     tiny_engine(0, groups)  # an engine sets DeepSpeed up, as it does in a run before it fills a model
     cfg = dataclasses.replace(TINY, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
-    model, source = build(cfg, groups.place()), CountedSource(InitSource(cfg, 3))
+    model = build(cfg, groups.place())
     sizes = {name: 4 * p.numel() for name, p in model.named_parameters()}
     leaves = [sum(4 * p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
+    source = CountedSource(InitSource(cfg, 3), max(leaves) if partition else None)
     config = ds_config(EngineConfig(zero=3), 0.0, groups.device.type) if partition else None
     materialise(model, source, groups.place().cut, groups.device, config)
-    gc.collect()
-    if partition:
-        end = time.monotonic() + 2.0  # gloo's thread lets go of what it sent last a moment after the call is done
-        while source.alive and time.monotonic() < end:
-            time.sleep(0.01)
-            gc.collect()
+    source.wait_for(0 if partition else sys.maxsize)
     left = sum(source.alive.values())
     whole_parts = sum(p.numel() for p in model.parameters())
     return {
