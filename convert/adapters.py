@@ -15,16 +15,24 @@ import torch
 from convert.boxes import Columns, Meta, Tensors
 from convert.from_hf import hf_shapes, weight_rules
 from convert.opened import Opened
+from convert.virtual import not_merged, virtual_keys
 from models import build
 from models.adapters.config import AdapterConfig, BitfitConfig, Ia3Config, LoraConfig
 from models.adapters.names import Key, parameters
 from models.adapters.targets import Layer, layers_of
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import ModelConfig
 from models.init import InitSource
 from models.rules import Stack
 from parallel.materialise import TensorSource
 
-CONFIGS: dict[str, type[AdapterConfig]] = {"lora": LoraConfig, "ia3": Ia3Config, "bitfit": BitfitConfig}
+CONFIGS: dict[str, type[AdapterConfig]] = {
+    "lora": LoraConfig,
+    "ia3": Ia3Config,
+    "bitfit": BitfitConfig,
+    "prompt": PromptConfig,
+    "prefix": PrefixConfig,
+}
 SAMPLED = 256
 """Tensors of a base that its fingerprint looks at."""
 
@@ -62,12 +70,15 @@ def config_of(saved: Mapping[str, Any]) -> AdapterConfig:
 def trained(source: TensorSource, names: list[str], model: ModelConfig, cfg: AdapterConfig) -> AdapterWeights:
     """What an adapter run saved, whole. `names`: the tensors it saved."""
     own = {param.name: param for param in parameters(adapted_layers(model, cfg), cfg)}
+    virtual = virtual_keys(model, cfg) if isinstance(cfg, PromptConfig | PrefixConfig) else {}
     rules = weight_rules(model)[0]
     tensors: dict[Key, torch.Tensor] = {}
     others: dict[str, torch.Tensor] = {}
     for name in names:
         if name in own:
             tensors |= own[name].taken_apart(source.tensor(name))
+        elif name in virtual:
+            tensors[virtual[name]] = source.tensor(name)
         else:
             others |= rules[name].to_hf(source.tensor(name))
     return AdapterWeights(cfg, tensors, others)
@@ -186,6 +197,8 @@ def merged(base: Opened, model: ModelConfig, adapter: AdapterWeights) -> Opened:
     Raises:
         ValueError: the adapter was made for another model, or is one that no weights can hold.
     """
+    if isinstance(adapter.cfg, PromptConfig | PrefixConfig):
+        raise not_merged(adapter.cfg)
     check_shapes(adapter, base.cfg, base.path)
     return dataclasses.replace(base, cfg=model, tensors=Merged(base.tensors, model, adapter))
 

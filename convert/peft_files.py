@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from convert.adapters import AdapterWeights, adapted_layers
 from convert.peft_experts import expert_names, flattened, is_expert, stacked, targeted, unwrapped, wrapped
 from convert.stored import read_header
+from convert.virtual import KINDS, read_virtual, virtual_config, write_virtual
 from models.adapters.config import AdapterConfig, Ia3Config, LoraConfig
 from models.adapters.names import Key, Kind, parameters
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.adapters.targets import Part
 from models.config import ModelConfig
 
@@ -43,6 +45,9 @@ def write_peft(folder: Path, model: ModelConfig, adapter: AdapterWeights, base: 
     Raises:
         ValueError: the format has no such adapter.
     """
+    if isinstance(adapter.cfg, PromptConfig | PrefixConfig):
+        write_virtual(folder, model, adapter, base)
+        return
     if not isinstance(adapter.cfg, LoraConfig | Ia3Config):
         raise ValueError("peft has no format for adapter.name=bitfit; export the full weights instead")
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,8 +122,11 @@ def read_config(folder: Path) -> tuple[AdapterConfig, dict[str, Any]]:
         raise ValueError(f"{folder} holds no adapter in peft's format: {CONFIG}: {error}") from error
     if kind == "IA3":
         return Ia3Config(), about
+    if kind in KINDS:
+        return virtual_config(folder, about), about
     if kind != "LORA":
-        raise ValueError(f"{folder} holds an adapter of kind {kind}; read are LORA and IA3")
+        read = ", ".join(("LORA", "IA3", *KINDS))
+        raise ValueError(f"{folder} holds an adapter of kind {kind}; read are {read}")
     unread = {key: about.get(key) for key in ("rank_pattern", "alpha_pattern", "layer_replication")}
     unread |= {key: about.get(key) for key in ("lora_bias", "fan_in_fan_out", "trainable_token_indices", "use_qalora")}
     unread["bias"] = about.get("bias") if about.get("bias") != "none" else None
@@ -149,6 +157,8 @@ def read_peft(folder: Path, model: ModelConfig) -> AdapterWeights:
     experts = targeted(about.get("target_parameters") or ())
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}; adapters in other files are not read")
+    if isinstance(cfg, PromptConfig | PrefixConfig):
+        return AdapterWeights(cfg, *read_virtual(folder, model, cfg))
     kinds: dict[str, Kind] = {suffix: kind for kind, suffix in SUFFIX.items()}
     tensors: dict[Key, torch.Tensor] = {}
     others: dict[str, torch.Tensor] = {}

@@ -25,6 +25,7 @@ from models.blocks.moe import MoE
 from models.blocks.norm import RMSNorm
 from models.blocks.rope import Rope
 from models.blocks.router import Tokens
+from models.blocks.virtual import Given, Longer, Prefix, Prompt, VirtualTokens, lengthened
 from models.config import ModelConfig, Runtime
 from models.heads import LMHead, ScalarHead
 from models.vision.eyes import Pictures, build_eyes, see
@@ -80,6 +81,7 @@ class Decoder(nn.Module):
         self.cfg, self.place, self.runtime, self.chunk = cfg, place, runtime, chunk
         self.rope = Rope(cfg)
         self.embed = token_embedding(cfg, place) if chunk.embeds else None
+        self.virtual: VirtualTokens | None = None
         self.vision: nn.Module | None = None
         self.connector: nn.Module | None = None
         if cfg.vision is not None and chunk.embeds:
@@ -138,10 +140,17 @@ class Decoder(nn.Module):
             entropy there, both fp32 [T], differentiable, in nats, 0 without a target, the same on every tp rank. All
             weights are used inside module forwards, so that ZeRO-3 gathers them.
         """
-        packing = self._packing(tokens_T, positions_T, cu_seqlens, branches)
+        longer: Longer | None = None
+        if isinstance(self.virtual, Prompt) and self.virtual.on:
+            given = Given(tokens_T, positions_T, cu_seqlens, targets_T, channel_T, branches)
+            longer = lengthened(given, self.virtual.count)
+            tokens_T, positions_T, cu_seqlens, targets_T, channel_T, branches = longer.given
+        packing = self.packing_of(tokens_T, positions_T, cu_seqlens, branches)
         if self.embed is not None:
             missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
             hidden_RD = self._embedded(F.pad(tokens_T, (0, missing)) if missing else tokens_T, pictures)
+        if longer is not None and self.virtual is not None:
+            hidden_RD = self.virtual(hidden_RD, longer.virtual_L)
         assert hidden_RD is not None, "only the first chunk begins with tokens"
         tokens = Tokens.of(tokens_T, packing.borders, channel_T, self.place, positions_T)
         hidden_RD = self._layers(hidden_RD, packing, tokens)
@@ -151,11 +160,13 @@ class Decoder(nn.Module):
         if targets_T is not None:
             assert self.cfg.head == "lm", "targets are tokens: a scalar head has no loss of its own"
             asked = temperature if output == "log_probs" else None
-            return self.head(hidden_RD, targets_T, loss_weight, asked)
-        if output == "hidden":
-            return hidden_RD
-        rows = self.head(hidden_RD)
-        return rows[: tokens_T.shape[0]] if self.place.splits_rows else rows
+            out = self.head(hidden_RD, targets_T, loss_weight, asked)
+        elif output == "hidden":
+            out = hidden_RD
+        else:
+            out = self.head(hidden_RD)
+            out = out[: tokens_T.shape[0]] if self.place.splits_rows else out
+        return out if longer is None else longer.cut(out)
 
     def _embedded(self, tokens_T: torch.Tensor, pictures: Pictures | None) -> torch.Tensor:
         assert self.embed is not None
@@ -174,31 +185,37 @@ class Decoder(nn.Module):
                 hidden_RD = layer(hidden_RD, packing, tokens)
         return hidden_RD
 
-    def _packing(
+    def packing_of(
         self,
         tokens_T: torch.Tensor,
         positions_T: torch.Tensor,
         cu_seqlens: torch.Tensor | Sequence[int],
-        branches: Branches | None,
+        branches: Branches | None = None,
     ) -> Packing:
+        """What all layers share for these documents, see `forward`."""
         borders = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, torch.Tensor) else tuple(cu_seqlens)
         lengths = [b - a for a, b in pairwise(borders)]
         windows = {self.cfg.window(int(i)) for i in self.layers}
         place, context, here = self.place, None, lengths
+        prefix = self.virtual.ahead if isinstance(self.virtual, Prefix) else 0
         if place.cp.size > 1:
             context = Context.of(place.cp, place.context, borders, windows, tokens_T.device)
             here = context.lengths_here
-        if branches is not None and any(tokens for _, tokens in branches):
+        shared = branches is not None and any(tokens for _, tokens in branches)
+        if shared or prefix:
             assert context is None, "under context parallel every document has all its tokens"
-            assert self.cfg.rope.scaling != "dynamic", "keys that turn by their document's length cannot be shared"
-            context = branch_context(borders, branches, windows, tokens_T.device)
+            turns = "keys that turn by their document's length cannot be shared"
+            assert not shared or self.cfg.rope.scaling != "dynamic", turns
+            context = branch_context(borders, branches, windows, tokens_T.device, prefix)
         assert borders[0] == 0 and sum(here) == tokens_T.shape[0], (
             f"borders {borders} not of {tokens_T.shape[0]} tokens"
         )
         if context is not None and context.kind == "ulysses":  # attention sees all tokens
             positions_T, here = torch.cat([torch.arange(n, device=tokens_T.device) for n in lengths]), lengths
+        if prefix:
+            positions_T, lengths = positions_T + prefix, [length + prefix for length in lengths]
         cos_TK, sin_TK = self.rope.tables(positions_T, lengths, here)
-        return Packing.of(cos_TK, sin_TK, borders, windows, context)
+        return Packing.of(cos_TK, sin_TK, borders, windows, context, prefix > 0)
 
 
 def build(cfg: ModelConfig, place: Place = SINGLE, runtime: Runtime = PLAIN, chunk: Chunk | None = None) -> Decoder:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from parallel.engine import Engine
-from parallel.sharding import REPLICATED, WHOLE, Cut, shard_of
+from parallel.sharding import REPLICATED, WHOLE, Cut, is_idle, shard_of
 from parallel.state import is_tied_copy
 
 
@@ -36,7 +36,7 @@ def live_pieces(engine: Engine, column: bool) -> Iterator[LivePiece]:
     groups, zero3 = engine.groups, engine.cfg.zero == 3
     for name, param in engine.named_parameters():
         shard = shard_of(param)
-        if is_tied_copy(param) or (shard.dim is None and groups.tp.rank > 0):
+        if is_tied_copy(param) or is_idle(param) or (shard.dim is None and groups.tp.rank > 0):
             continue
         cut = shard.own(groups.place().cut)
         if zero3:

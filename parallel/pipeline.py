@@ -27,6 +27,7 @@ from parallel.later import Later
 from parallel.schedules import Name, stage_ids
 from parallel.sharding import Axis
 from parallel.step_clock import StepClock, StepTime
+from parallel.switch import Lengthens
 from parallel.torch_schedules import ForwardOnly, training_schedule
 
 Forward = Callable[[Any, Any, float], tuple[torch.Tensor, Any]]
@@ -228,6 +229,7 @@ class Pipeline:
         ]
         self.has_last = count - 1 in ids
         """Whether the loss and its metrics are made here."""
+        self._lengthens = [module for module in chunks[0].modules() if isinstance(module, Lengthens)]
         self._clock: StepClock | None = None
         self._built: dict[tuple[int, bool], Any] = {}
 
@@ -273,8 +275,11 @@ class Pipeline:
         return [step.metrics[i] for i in range(count)] if self.has_last else []
 
     def _rows(self, micro_batch: Any) -> int:
-        """Rows of the hidden states of a micro-batch on this rank: its tokens, shared by tp under sequence parallel."""
-        return -(-micro_batch.inputs["tokens_T"].shape[0] // self.row_ranks)
+        """Rows of the hidden states of a micro-batch on this rank: its tokens and what the model puts between them,
+        shared by tp under sequence parallel."""
+        inputs = micro_batch.inputs
+        rows = inputs["tokens_T"].shape[0] + sum(module.extra_rows(inputs) for module in self._lengthens)
+        return -(-rows // self.row_ranks)
 
     def _schedule(self, count: int, train: bool) -> Any:
         """torch's schedule for so many micro-batches; made once."""

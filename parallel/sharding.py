@@ -225,6 +225,17 @@ def is_kept(param: torch.Tensor) -> bool:
     return param.__dict__.get("kept", False)
 
 
+def idle(param: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Mark a parameter that is there only because an optimizer must have one: it stays 0 and is saved nowhere."""
+    vars(param)["idle"] = True
+    return param
+
+
+def is_idle(param: torch.Tensor) -> bool:
+    """Whether a parameter only keeps an optimizer from being empty."""
+    return param.__dict__.get("idle", False)
+
+
 def is_partial(param: torch.Tensor) -> bool:
     """Whether the gradients of a replicated parameter must be summed over tp."""
     return param.__dict__["partial"]

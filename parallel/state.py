@@ -12,7 +12,7 @@ from torch import nn
 
 from parallel.gradients import GradientPiece, local_shape
 from parallel.groups import Groups
-from parallel.sharding import Cut, Shard, is_kept, shard_of
+from parallel.sharding import Cut, Shard, is_idle, is_kept, shard_of
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -57,7 +57,7 @@ class TrainingState:
         groups: Groups,
     ):
         self.zero, self.ds, self.optimizer, self.groups = zero, ds, optimizer, groups
-        self.named = [(name, param) for name, param in named if param.requires_grad]
+        self.named = [(name, param) for name, param in named if param.requires_grad and not is_idle(param)]
         self.kept = [(name, param) for name, param in named if is_kept(param)]
         self.buffers = buffers
         self._create()

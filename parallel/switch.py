@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,14 @@ class Switch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.on = True
+
+
+class Lengthens(Switch):
+    """One that puts rows between those of the tokens while it is on; each chunk of a model has it."""
+
+    def extra_rows(self, inputs: Mapping[str, Any]) -> int:
+        """How many it puts in where the model is called with these."""
+        raise NotImplementedError
 
 
 @contextmanager

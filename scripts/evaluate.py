@@ -34,8 +34,8 @@ import torch
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from convert.adapter_runs import open_beside
 from convert.opened import Opened
-from convert.opening import open_weights
 from data.chat import template_renderer
 from data.config import SourceConfig
 from data.tokenizer import load_tokenizer
@@ -80,13 +80,13 @@ def _measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
         rows.check(source)
     sampling = _sampling(args)
     run = _run_config(args.run) if args.run else None
-    opened = open_weights(args.model or args.run)
+    opened, virtual = open_beside(Path(args.model or args.run))
     precision = args.precision or (run.engine.precision if run else "fp32")
     theirs = run.data.tokenizer if run and run.data.tokenizer and Path(run.data.tokenizer).is_dir() else None
     folder = tokenizer_folder(args.tokenizer or theirs, opened)
     device = device_of(args.device)
     corpora = _corpora(args, run, opened, folder)
-    scorer = load_scorer(opened, device, precision)
+    scorer = load_scorer(opened, device, precision, virtual)
     print(f"{opened.path}: {scorer.model.cfg.family}, {precision} on {scorer.device}; tokenizer {folder}", flush=True)
     bad = BadRows()
     try:

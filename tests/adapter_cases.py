@@ -12,9 +12,12 @@ from convert.peft_files import read_peft
 from models import ModelConfig, build
 from models.adapters.config import AdapterConfig
 from models.adapters.source import AdapterSource
+from models.adapters.virtual import VirtualSource
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.init import InitSource
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import ALL_DATA
+from parallel.materialise import TensorSource
 from parallel.nf4 import Nf4
 from tests.cases import NAMES, here, my_parts, whole
 from tests.peft_reference import SEED
@@ -45,7 +48,7 @@ def train(
     groups = here(layout)
     saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
     begin = read_peft(Path(start), cfg).tensors if start else None
-    source = AdapterSource(InitSource(cfg, seed=SEED), cfg, adapter, 5, saved, begin)
+    source = source_of(cfg, adapter, saved, begin)
     optim = OptimConfig(lr=LR, clip=0.0, eps=EPS, weight_decay=0.0)
     engine_cfg = EngineConfig(zero=zero, recompute=recompute, precision=precision)
     engine = make_engine(cfg, engine_cfg, optim, groups, source, layout, adapter=adapter, seed=5)
@@ -80,9 +83,18 @@ def train(
     return out
 
 
+def source_of(cfg: ModelConfig, adapter: AdapterConfig, saved: Any = None, begin: Any = None) -> TensorSource:
+    """The tiny model's weights with an adapter's."""
+    base = InitSource(cfg, seed=SEED)
+    if isinstance(adapter, PromptConfig | PrefixConfig):
+        named = None if begin is None else {key.module: tensor for key, tensor in begin.items()}
+        return VirtualSource(base, cfg, adapter, 5, saved, named, words=(7, 3))
+    return AdapterSource(base, cfg, adapter, 5, saved, begin)
+
+
 def gathered(found: dict[str, torch.Tensor], cfg: ModelConfig, adapter: AdapterConfig) -> Any:
     """Flat tensors by our names as an adapter."""
-    source = AdapterSource(InitSource(cfg, seed=SEED), cfg, adapter, 5)
+    source = source_of(cfg, adapter)
     shaped = {name: flat.view(source.tensor(name).shape) for name, flat in found.items()}
 
     class Held:

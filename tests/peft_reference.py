@@ -65,7 +65,7 @@ def losses_of(model: Any, batch: MicroBatch) -> torch.Tensor:
     total = torch.zeros(())
     borders = batch.cu_seqlens.tolist()
     for start, stop in pairwise(borders):
-        logits = model(input_ids=batch.tokens_T[start:stop][None]).logits[0]
+        logits = model(input_ids=batch.tokens_T[start:stop][None]).logits[0, start - stop :]  # not of virtual tokens
         total = total + torch.nn.functional.cross_entropy(
             logits.float(), batch.targets_T[start:stop], ignore_index=-100, reduction="sum"
         )

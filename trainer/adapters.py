@@ -14,10 +14,11 @@ from convert.peft_files import is_peft, read_config, read_peft
 from models.adapters.config import ALL_LINEAR, BitfitConfig, Ia3Config, LoraConfig
 from models.adapters.source import AdapterSource
 from models.adapters.targets import sample
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import ModelConfig
 from parallel.materialise import TensorSource
 from parallel.nf4 import BLOCK, available
-from trainer import folders
+from trainer import folders, virtual_adapters
 from trainer.problems import Problem, nearest
 
 if TYPE_CHECKING:  # it asks this file for its problems
@@ -31,6 +32,8 @@ def problems(cfg: RunConfig) -> list[Problem]:
         return []
     if isinstance(adapter, BitfitConfig):
         return list(_without_biases(cfg.model))
+    if isinstance(adapter, PromptConfig | PrefixConfig):
+        return virtual_adapters.problems(cfg, adapter)
     found = list(_targets(cfg.model, adapter.targets, cfg.stage.name))
     found += _of_experts(adapter)
     if found or adapter.problems():
@@ -162,10 +165,12 @@ def _start(cfg: RunConfig) -> list[Problem]:
     return found
 
 
-def weights(cfg: RunConfig, base: TensorSource, saved: Checkpoint | None) -> AdapterSource:
+def weights(cfg: RunConfig, base: TensorSource, saved: Checkpoint | None) -> TensorSource:
     """The weights of a run with an adapter: the base's; the adapter's from a checkpoint, `adapter.start` or fresh."""
     assert cfg.adapter is not None
     record(cfg)
+    if isinstance(cfg.adapter, PromptConfig | PrefixConfig):
+        return virtual_adapters.weights(cfg, cfg.adapter, base, saved)
     start = getattr(cfg.adapter, "start", None)
     begun = read_peft(Path(start), cfg.model).tensors if start is not None and saved is None else None
     return AdapterSource(base, cfg.model, cfg.adapter, cfg.run.seed, saved, begun)

@@ -17,6 +17,7 @@ from data.config import DataConfig
 from data.config import problems as data_problems
 from models import problems as model_problems
 from models.adapters.config import BitfitConfig, Ia3Config, LoraConfig
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
 from trainer import adapters, chain, layouts
@@ -105,7 +106,7 @@ class RunConfig:
     """Length, place and seed of the run (conf/run)."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Prompts, texts and rewards of reinforcement learning (conf/rollout)."""
-    adapter: LoraConfig | Ia3Config | BitfitConfig | None = None
+    adapter: LoraConfig | Ia3Config | BitfitConfig | PromptConfig | PrefixConfig | None = None
     """Train a few parameters beside a model that stays as it is (conf/adapter); null trains all of it."""
     init_from: str | None = None
     """Weights to start from: a Hugging Face folder, a Megatron checkpoint of any layout, or a run of Loom; null draws

@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from models import build
+from models.adapters.attach import attach
 from parallel.groups import Groups
 from parallel.schedules import formula_idle_share
-from trainer import chain
+from trainer import chain, virtual_adapters
 from trainer.config import RunConfig, ignored
 from trainer.logging.log import Log, NullLog, RunLog
 
@@ -52,6 +54,8 @@ def introduce(
         log.note(f"note: {warning}")
     log.note(str(report))
     log.note(contract)
+    for line in (*trained_share(cfg), *(virtual_adapters.told(cfg) if saved is None else ())):
+        log.note(line)
     log.note(
         f"{groups.world} process(es) on {groups.device.type}{_layout(cfg, groups)}, ZeRO-{cfg.engine.zero}, "
         f"{cfg.engine.precision}; {batch}"
@@ -66,6 +70,18 @@ def introduce(
             log.note(
                 "note: the data or their order changed since that checkpoint; samples may repeat or be passed over"
             )
+
+
+def trained_share(cfg: RunConfig) -> list[str]:
+    """How many parameters are trained of how many, where that is not all of them."""
+    model = build(cfg.model)
+    if cfg.adapter is not None:
+        attach(model, cfg.adapter)
+    counts = {True: 0, False: 0}
+    for param in model.parameters():
+        counts[param.requires_grad] += param.numel()
+    trained, every = counts[True], counts[True] + counts[False]
+    return [f"trained: {trained:,} of {every:,} parameters ({100 * trained / every:.2f} %)"] if counts[False] else []
 
 
 def _layout(cfg: RunConfig, groups: Groups) -> str:

@@ -14,6 +14,8 @@ from models.adapters.ia3 import Factors, scaled
 from models.adapters.lora import LowRank, adapted
 from models.adapters.targets import Layer, Linear, expert_layers, layers_of, linears, stacks
 from models.blocks.moe import Experts
+from models.adapters.virtual import attach_virtual
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.decoder import Decoder
 from models.heads import ScalarHead
 from parallel.dropout import Dropout
@@ -37,6 +39,9 @@ def attach(model: Decoder, cfg: AdapterConfig, seed: int = 0) -> None:
     if isinstance(cfg, LoraConfig):
         for path, base in list(stacks(model)):
             _attach_to_experts(model, path, base, cfg)
+    if isinstance(cfg, PromptConfig | PrefixConfig):
+        attach_virtual(model, cfg)
+        return
     plain = dict(linears(model))
     for layer in layers_of(model, cfg.targets):
         if layer.experts:

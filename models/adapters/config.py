@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import Problem
 
 ALL_LINEAR = "all-linear"
@@ -105,4 +106,4 @@ class BitfitConfig:
         return []
 
 
-AdapterConfig = LoraConfig | Ia3Config | BitfitConfig
+AdapterConfig = LoraConfig | Ia3Config | BitfitConfig | PromptConfig | PrefixConfig

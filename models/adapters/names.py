@@ -11,7 +11,7 @@ import torch
 from models.adapters.config import AdapterConfig, Ia3Config, LoraConfig
 from models.adapters.targets import Layer, Part
 
-Kind = Literal["a", "b", "magnitude", "start_a", "start_b", "factor"]
+Kind = Literal["a", "b", "magnitude", "start_a", "start_b", "factor", "virtual"]
 
 
 @dataclass(frozen=True)

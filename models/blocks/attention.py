@@ -19,6 +19,7 @@ from models.blocks.norm import RMSNorm
 from models.blocks.pieces import Piece, pieces_of
 from models.blocks.rope import rotate_qk
 from models.blocks.sdpa_cpu import cpu_attention
+from models.blocks.virtual import LayerPrefix
 from models.config import ModelConfig
 from parallel.collectives import pad_rows
 from parallel.layers import ColumnLinear, RowLinear
@@ -40,6 +41,8 @@ class Packing:
     max_seqlen: int
     pieces: dict[int | None, tuple[Piece, ...]]
     context: Context | None = None
+    prefix: bool = False
+    """Whether queries also meet the keys that their layer has learnt; the plan tells of them."""
 
     @staticmethod
     def of(
@@ -48,11 +51,12 @@ class Packing:
         borders: tuple[int, ...],
         windows: set[int | None],
         context: Context | None = None,
+        prefix: bool = False,
     ) -> "Packing":
         longest = max(b - a for a, b in pairwise(borders))
         ring = context is not None and context.kind == "ring"  # has plans of its own
         pieces = {} if ring else {window: pieces_of(borders, window, cos_TK.device) for window in windows}
-        return Packing(cos_TK, sin_TK, borders, longest, pieces, context)
+        return Packing(cos_TK, sin_TK, borders, longest, pieces, context, prefix)
 
     @property
     def tokens(self) -> int:
@@ -162,7 +166,9 @@ BACK_ENDS: dict[str, BackEnd] = {
 }
 
 
-def attention(qkv: torch.Tensor, packing: Packing, heads: Heads, back_end: BackEnd) -> torch.Tensor:
+def attention(
+    qkv: torch.Tensor, packing: Packing, heads: Heads, back_end: BackEnd, prefix: LayerPrefix | None = None
+) -> torch.Tensor:
     """The heads' outputs for the tokens here, [t, (H + 2G) K] -> [t, H K]; documents may go on at other cp ranks."""
     context = packing.context
     if context is None:
@@ -173,6 +179,9 @@ def attention(qkv: torch.Tensor, packing: Packing, heads: Heads, back_end: BackE
         return ulysses_attention(_split(qkv, heads), context, lambda every: back_end(every, packing, few))
     qkv = rotate_qk(qkv, packing.cos_TK, packing.sin_TK, heads.parts[0] + heads.parts[1], heads.dim)
     q, k, v = _split(qkv, heads)
+    if packing.prefix:
+        assert prefix is not None, "a layer has no prefix"
+        k, v = (torch.cat(parts) for parts in zip((k, v), prefix(k), strict=True))
     return ring_attention(q, k, v, context.rings[heads.window]).flatten(1)
 
 
@@ -189,6 +198,7 @@ class Attention(nn.Module):
         self.out = RowLinear(cfg.qkv_parts[0], cfg.hidden_size, cfg.attention_out_bias, "normal_residual", place)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place, partial=True) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, place, partial=True) if cfg.qk_norm else None
+        self.prefix: LayerPrefix | None = None
 
     def forward(
         self, normed_RD: torch.Tensor, residual_RD: torch.Tensor, again: Again | None, packing: Packing
@@ -200,7 +210,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = _split(qkv, self.heads)
             qkv = torch.cat([self.q_norm(q)[0].flatten(1), self.k_norm(k)[0].flatten(1), v.flatten(1)], 1)
-        out = attention(qkv, packing, self.heads, self.back_end)
+        out = attention(qkv, packing, self.heads, self.back_end, self.prefix)
         if self.place.splits_rows:
             out = pad_rows(out, self.place.tp.size)
         return self.out(out, residual_RD)

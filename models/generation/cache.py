@@ -142,6 +142,8 @@ class Cache:
     def __init__(self, model: Decoder, max_tokens: int) -> None:
         """`max_tokens`: most places of all slots together."""
         self.layers = [LayerCache.of(layer) for layer in _layers(model)]
+        self.ahead = 0 if model.virtual is None else model.virtual.ahead
+        """Virtual tokens that every slot begins with; whoever counts a row's tokens leaves them out."""
         self.max_tokens, self.rows, self.tokens = max_tokens, 0, 0
 
     def fit(self, rows: int, tokens: int) -> None:
@@ -149,6 +151,7 @@ class Cache:
 
         Grows by half where that stays below `max_tokens`, so that a growing row is copied few times.
         """
+        tokens += self.ahead
         if rows <= self.rows and tokens <= self.tokens:
             return
         wide = max(rows, self.rows)
@@ -162,7 +165,8 @@ class Cache:
 
     def take(self, slot: int, tokens: int) -> Prefix:
         """A copy of the first `tokens` tokens of a slot, which must be all it has."""
-        parts = [[x[slot, :, : layer.held(tokens)].clone() for x in layer.tensors()] for layer in self.layers]
+        every = self.ahead + tokens
+        parts = [[x[slot, :, : layer.held(every)].clone() for x in layer.tensors()] for layer in self.layers]
         return Prefix(tokens, [(part[0], part[1] if len(part) > 1 else None) for part in parts])
 
     def give(self, slot: int, prefix: Prefix) -> None:
@@ -174,13 +178,14 @@ class Cache:
 
     def move(self, source: int, target: int, tokens: int, first: int = 0) -> None:
         """Copy a row's `tokens` tokens to another slot, which has the same ones before token `first` already."""
+        first, tokens = self.ahead + first if first else 0, self.ahead + tokens
         for layer in self.layers:
             for start, stop in layer.places(first, tokens):
                 for own in layer.tensors():
                     own[target, :, start:stop] = own[source, :, start:stop]
 
     def plans(self, lengths: Sequence[int], device: torch.device) -> dict[int | None, Plan]:
-        """For each window, the plan of a step after which the rows have `lengths` tokens."""
+        """For each window, the plan of a step after which the rows have `lengths` tokens, virtual ones among them."""
         return {
             window: Plan(
                 torch.tensor([(n - 1) if window is None else (n - 1) % window for n in lengths], device=device),

@@ -93,12 +93,13 @@ class Dialogue:
         pairs = zip(self._tokens, prompt[:-1], strict=False)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         windows = [layer.window for layer in self.cache.layers if layer.window is not None]
-        if known < len(self._tokens) and windows and len(self._tokens) > min(windows):
+        ahead = self.cache.ahead
+        if known < len(self._tokens) and windows and ahead + len(self._tokens) > min(windows):
             return 0  # what a window forgot for the tokens that are dropped now is gone
         if (len(prompt) - known) * TIMES > len(prompt):
             return 0
         rope, moe = self.model.rope, self.model.cfg.moe
-        if rope.rope.scaling == "dynamic" and max(len(prompt), len(self._tokens)) > rope.trained_len:
+        if rope.rope.scaling == "dynamic" and ahead + max(len(prompt), len(self._tokens)) > rope.trained_len:
             return 0  # the tokens of a prompt are all turned by its whole length
         if moe is not None and moe.capacity is not None:
             return 0  # which tokens an expert has no room for depends on the whole prompt

@@ -24,7 +24,7 @@ class Tail:
     """What follows the cached tokens of the first rows: for each layer keys and values [B, G, M, K]."""
 
     cached: tuple[int, ...]
-    """Tokens of each row in the cache."""
+    """Tokens of each row in the cache, virtual ones among them."""
     counts: tuple[int, ...]
     """Columns of each row that are tokens; those after them hold nothing."""
     layers: tuple[tuple[torch.Tensor, ...], ...]
@@ -74,6 +74,7 @@ def extend(
         The logits after every new token, fp32 [T, V], row by row; and the tail with them.
     """
     device, counts = cache.layers[0].keys.device, [len(own) for own in tokens]
+    cached = [cache.ahead + n for n in cached]
     before = 0 if tail is None else tail.columns
     assert min(counts) > 0 and (tail is None or len({*tail.counts}) == len({*counts}) == 1), "a gap in the tail"
     positions = [n + before + i for n, count in zip(cached, counts, strict=True) for i in range(count)]

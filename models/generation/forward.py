@@ -17,6 +17,7 @@ from models.blocks.moe import MoE
 from models.blocks.norm import RMSNorm
 from models.blocks.rope import rotate_, turned_pairs
 from models.blocks.router import Tokens
+from models.blocks.virtual import Given, Prompt, lengthened
 from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache, Plan
 from models.heads import LMHead
@@ -59,12 +60,18 @@ def prompt_states(
     device = cache.layers[0].keys.device
     lengths = [len(prompt) for prompt in prompts]
     borders = (0, *accumulate(lengths))
+    ends_N = torch.tensor(borders[1:], device=device) - 1
     tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
-    cos, sin = model.rope.tables(positions_T, lengths)
-    packing = Packing.of(cos, sin, borders, {layer.window for layer in cache.layers})
-    tokens = Tokens.of(tokens_T, borders, None, model.place)
-    hidden = embedded(model, tokens_T)
+    given = Given(tokens_T, torch.cat([torch.arange(n, device=device) for n in lengths]), borders)
+    virtual = model.virtual if isinstance(model.virtual, Prompt) and model.virtual.on else None
+    longer = None if virtual is None else lengthened(given, virtual.count)
+    if longer is not None:
+        given = longer.given
+    packing = model.packing_of(given.tokens_T, given.positions_T, given.cu_seqlens)
+    tokens = Tokens.of(given.tokens_T, packing.borders, None, model.place)
+    hidden = embedded(model, given.tokens_T)
+    if virtual is not None and longer is not None:
+        hidden = virtual(hidden, longer.virtual_L)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
         normed = rms_norm(layer.attn_norm, hidden)
@@ -73,16 +80,16 @@ def prompt_states(
         else:
             hidden = _prompts(layer.attn, normed, hidden, packing, own, slots)
         hidden = feed_forward(layer, hidden, tokens)
-    return hidden, torch.tensor(borders[1:], device=device) - 1
+    return hidden if longer is None else longer.cut(hidden), ends_N
 
 
 @torch.no_grad()
 def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache) -> torch.Tensor:
     """Append one token to each of the first rows, which have `lengths` tokens: the last layer's output [B, D]."""
     device = cache.layers[0].keys.device
-    tokens_B, after = torch.tensor(tokens, device=device), [n + 1 for n in lengths]
+    tokens_B, after = torch.tensor(tokens, device=device), [cache.ahead + n + 1 for n in lengths]
     # Dynamic scaling turns a token by the length at which it came, as transformers does.
-    cos, sin = model.rope.tables(torch.tensor(lengths, device=device), after, [1] * len(after))
+    cos, sin = model.rope.tables(torch.tensor(after, device=device) - 1, after, [1] * len(after))
     plans = cache.plans(after, device)
     routed = Tokens.of(tokens_B, range(len(after) + 1), None, model.place)
     hidden = embedded(model, tokens_B)
@@ -150,8 +157,11 @@ def _prompts(
     k = k.clone()  # the back ends rotate too, some of them in place
     rotate_(k, packing.cos_TK.to(k.dtype), packing.sin_TK.to(k.dtype))
     for slot, (start, stop) in zip(slots, pairwise(packing.borders), strict=True):
-        own.put(slot, k[start:stop], v[start:stop])
-    return attn.out(attention(qkv, packing, heads, attn.back_end), hidden)
+        keys, values = k[start:stop], v[start:stop]
+        if packing.prefix and attn.prefix is not None:
+            keys, values = (torch.cat(parts) for parts in zip(attn.prefix(k), (keys, values), strict=True))
+        own.put(slot, keys, values)
+    return attn.out(attention(qkv, packing, heads, attn.back_end, attn.prefix), hidden)
 
 
 def attended(

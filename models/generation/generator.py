@@ -3,6 +3,7 @@ batching, Yu et al. 2022, Orca)."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from models.decoder import Decoder
@@ -103,7 +104,9 @@ class Generator:
             for index, each in enumerate(prompts)
         ]
         self.team.check_alike(requests, self.config, self.stop_tokens, self.draft and self.draft.cfg)
-        parts = (self.model.cfg, self.tokenizer, self.stop_tokens, self.config, self._constraints)
+        ahead = 0 if self.model.virtual is None else self.model.virtual.ahead
+        cfg = replace(self.model.cfg, max_seq_len=self.model.cfg.max_seq_len - ahead) if ahead else self.model.cfg
+        parts = (cfg, self.tokenizer, self.stop_tokens, self.config, self._constraints)
         return made_groups(requests, *parts)
 
     def steps(self, waiting: Sequence[Group]) -> Iterator[Step]:

@@ -14,6 +14,8 @@ import numpy as np
 import psutil
 import torch
 
+from convert.adapter_runs import with_virtual
+from convert.adapters import AdapterWeights
 from convert.opened import Opened
 from convert.source import Source
 from data.batch import MicroBatch
@@ -87,8 +89,10 @@ class Scorer:
         return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
 
 
-def load_scorer(opened: Opened, device: torch.device, precision: Precision = "fp32") -> Scorer:
-    """Fill the model of an opened checkpoint.
+def load_scorer(
+    opened: Opened, device: torch.device, precision: Precision = "fp32", virtual: AdapterWeights | None = None
+) -> Scorer:
+    """Fill the model of an opened checkpoint; `virtual`: tokens that a run trained, before every document.
 
     Raises:
         ValueError: it is no language model, does not fit into memory, or its tensors are not the model's.
@@ -101,7 +105,7 @@ def load_scorer(opened: Opened, device: torch.device, precision: Precision = "fp
     chunk = max((GPU_LOGITS_BYTES if device.type == "cuda" else CPU_LOGITS_BYTES) // (4 * cfg.vocab_size), 64)
     model = build(cfg, SINGLE, Runtime(loss_chunk=chunk))
     check_memory(opened.path, model, device)
-    materialise(model, source, WHOLE, device)
+    materialise(model, with_virtual(model, source, virtual), WHOLE, device)
     return Scorer(model.eval(), device, precision)
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from convert.adapter_runs import open_beside, with_virtual
+from convert.adapters import AdapterWeights
 from convert.hf_folder_files import CONFIG, GENERATION, read_json
 from convert.opened import Opened
-from convert.opening import open_weights
 from convert.source import Source
 from data.chat import ChatTemplate, Render, special_tokens, template_renderer
 from data.config import DataConfig
@@ -44,6 +45,8 @@ class TextModel:
     """Writes messages down by the chat template; None where there is none."""
     stop_tokens: tuple[int, ...]
     """End of text by the tokenizer, generation_config.json and the chat template."""
+    virtual: AdapterWeights | None = None
+    """Virtual tokens that a run trained, before every text."""
 
 
 def open_text_model(
@@ -60,7 +63,7 @@ def open_text_model(
         ValueError: nothing that is known lies there, it is no language model, there is no tokenizer or another model's,
             or the chat template cannot be used.
     """
-    opened = open_weights(path)
+    opened, virtual = open_beside(Path(path))
     if opened.cfg.head != "lm":
         raise ValueError(f"{opened.path} has a scalar head (a reward or value model): it writes no text")
     folder = tokenizer_folder(tokenizer, opened)
@@ -79,7 +82,7 @@ def open_text_model(
             f"{opened.files}: {GENERATION} names token {wrong[0]} as end of text and the model has {vocab} tokens: the "
             "file belongs to another model; copy the right one there"
         )
-    return TextModel(opened, made, folder, render, stop_tokens)
+    return TextModel(opened, made, folder, render, stop_tokens, virtual)
 
 
 def load_generator(
@@ -128,19 +131,20 @@ def generator_of(
     """
     place = SINGLE if groups is None else Place(tp=groups.tp)
     where = torch.device(device)
-    model = _filled(found.opened, place, where, dtype)
-    small = None if draft is None else _filled(draft.opened, place, where, dtype)
+    model = _filled(found, place, where, dtype)
+    small = None if draft is None else _filled(draft, place, where, dtype)
     return Generator(model, found.tokenizer, config, found.stop_tokens, small)
 
 
-def _filled(opened: Opened, place: Place, device: torch.device, dtype: Dtype) -> Decoder:
+def _filled(found: TextModel, place: Place, device: torch.device, dtype: Dtype) -> Decoder:
+    opened = found.opened
     if problem := tp_problem(opened, place.tp.size):
         raise ValueError(problem)
     source = Source(opened, opened.cfg)
     source.check()
     model = build(opened.cfg, place, Runtime())
     check_memory(opened.path, model, device)
-    materialise(model, source, place.cut, device)
+    materialise(model, with_virtual(model, source, found.virtual), place.cut, device)
     for parameter in model.parameters():  # one after another; buffers stay fp32, as a router's corrections must
         parameter.data = parameter.data.to(DTYPES[dtype])
     return model.eval()
@@ -152,6 +156,11 @@ def check_draft(model: TextModel, draft: TextModel) -> None:
     Raises:
         ValueError: they do not.
     """
+    if draft.virtual is not None:
+        raise ValueError(
+            f"the draft {draft.opened.path} has virtual tokens (adapter.name={draft.virtual.cfg.name}), which a draft "
+            "begins without; take a model whose weights are whole"
+        )
     ours, theirs = model.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours == theirs and model.opened.cfg.vocab_size == draft.opened.cfg.vocab_size:
         return
