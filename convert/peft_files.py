@@ -20,8 +20,8 @@ from convert.stored import read_header
 from convert.virtual import KINDS, read_virtual, virtual_config, write_virtual
 from models.adapters.config import AdapterConfig, Ia3Config, LoraConfig
 from models.adapters.names import Key, Kind, parameters
-from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.adapters.targets import Part
+from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -13,9 +13,9 @@ from models.adapters.experts import adapted_experts
 from models.adapters.ia3 import Factors, scaled
 from models.adapters.lora import LowRank, adapted
 from models.adapters.targets import Layer, Linear, expert_layers, layers_of, linears, stacks
-from models.blocks.moe import Experts
 from models.adapters.virtual import attach_virtual
 from models.adapters.virtual_config import PrefixConfig, PromptConfig
+from models.blocks.moe import Experts
 from models.decoder import Decoder
 from models.heads import ScalarHead
 from parallel.dropout import Dropout
