@@ -10,7 +10,7 @@ import torch
 from convert.boxes import Columns, Meta
 from convert.hf_files import StoredTensor, read_folder
 from convert.opened import Opened
-from models import FAMILIES, build, config_from_hf_folder
+from models import build, config_from_hf_folder, family_of
 from models.config import ModelConfig
 from models.rules import Rule, Tie, Unused
 from parallel.sharding import shard_of
@@ -29,7 +29,7 @@ def weight_rules(cfg: ModelConfig) -> tuple[dict[str, Rule], set[str]]:
     """The rule of each of our parameters, and the Hugging Face names that only repeat one (ties)."""
     rules: dict[str, Rule] = {}
     repeated: set[str] = set()
-    for rule in FAMILIES[cfg.family].rules(cfg):
+    for rule in family_of(cfg).rules(cfg):
         if isinstance(rule, Tie):
             repeated.add(rule.hf)
         elif not isinstance(rule, Unused):
@@ -70,6 +70,8 @@ def open_hf(folder: str | Path) -> Opened:
     """
     folder = Path(folder)
     cfg, stored = config_from_hf_folder(folder), read_folder(folder)
+    canonical = getattr(family_of(cfg), "canonical", str)
+    stored = {canonical(name): tensor for name, tensor in stored.items()}
     scores = "score.weight" in stored and "lm_head.weight" not in stored
     if cfg.head == "lm" and scores and not cfg.tied_embeddings:
         cfg = dataclasses.replace(cfg, head="scalar")  # a reward model whose config.json does not say so
@@ -111,7 +113,7 @@ def fitting(where: Path, cfg: ModelConfig, found: Mapping[str, tuple[int, ...]])
 
 def _leave_out(where: Path, cfg: ModelConfig, names: list[str]) -> list[str]:
     """`names` without those the family knows to have no place in the model, which are told in a warning."""
-    for rule in FAMILIES[cfg.family].rules(cfg):
+    for rule in family_of(cfg).rules(cfg):
         known = [name for name in names if name.startswith(rule.prefix)] if isinstance(rule, Unused) else []
         if isinstance(rule, Unused) and known:
             told = f"{where}: {len(known)} tensors {rule.prefix}* are left out ({rule.why})"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from convert.same_model import differing
-from models import FAMILIES
+from models import FAMILIES, family_of
 from models.config import ModelConfig
 
 CONFIG = "config.json"
@@ -90,7 +90,7 @@ def write_config(folder: str | Path, cfg: ModelConfig, dtype: torch.dtype, origi
         if config.get("num_nextn_predict_layers"):
             config["num_nextn_predict_layers"] = 0  # the layers for multi-token prediction are not exported
     else:
-        config = FAMILIES[cfg.family].to_hf_config(cfg) | special | {"torch_dtype": name, "use_cache": True}
+        config = family_of(cfg).to_hf_config(cfg) | special | {"torch_dtype": name, "use_cache": True}
     write_json(folder / CONFIG, config)
     if not (folder / GENERATION).is_file():
         write_json(folder / GENERATION, {"_from_model_config": True} | special)

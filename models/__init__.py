@@ -1,11 +1,12 @@
 """What is computed: the decoder, its families by name, and their sizes. Shape legend: docs/architecture.md."""
 
+import contextlib
 import json
 from pathlib import Path
 
 from models.config import ModelConfig, RopeConfig, Runtime
 from models.decoder import Chunk, Decoder, build
-from models.families import FAMILIES, problems
+from models.families import FAMILIES, family_of, problems
 
 __all__ = [
     "FAMILIES",
@@ -16,6 +17,7 @@ __all__ = [
     "Runtime",
     "build",
     "config_from_hf_folder",
+    "family_of",
     "problems",
 ]
 
@@ -41,6 +43,10 @@ def config_from_hf_folder(path: str | Path) -> ModelConfig:
         raise ValueError(f"{file} is not readable as JSON ({err}); fetch it again") from err
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no JSON object; fetch it again")
+    prepared = Path(path) / "preprocessor_config.json"
+    if prepared.is_file():
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # then pictures are prepared by default
+            config["preprocessor_config"] = json.loads(prepared.read_text(encoding="utf-8"))
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{file} says model_type={family!r}; the families here are {', '.join(FAMILIES)}")

@@ -1,52 +1,28 @@
-"""The families by name. A new one is a file beside this, an entry here, and a YAML in conf/model."""
+"""All families by the name that a config.json has for them: decoders alone, and those that see.
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+A model that sees has two: `family` is its decoder's, `vision.format` that of the whole.
+"""
 
-from models import deepseek_v2, deepseek_v3, llama, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
+from models import llava, llava_next, seeing
 from models.config import ModelConfig, Problem
-from models.rules import Rule, Tie, Unused
+from models.text_families import TEXT_FAMILIES, Family
+
+FAMILIES: dict[str, Family] = {**TEXT_FAMILIES, "llava": llava, "llava_next": llava_next, "loom_vlm": seeing}
 
 
-class Family(Protocol):
-    """What a family file gives."""
-
-    @staticmethod
-    def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
-        """Our sizes from the content of a config.json."""
-        ...
-
-    @staticmethod
-    def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
-        """The content of a config.json from our sizes."""
-        ...
-
-    @staticmethod
-    def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
-        """Where each weight lies in a Hugging Face checkpoint."""
-        ...
-
-    @staticmethod
-    def problems(cfg: ModelConfig) -> list[Problem]:
-        """Settings this family's checkpoints cannot express."""
-        ...
+def family_of(cfg: ModelConfig) -> Family:
+    """The family whose checkpoints hold the whole model."""
+    return TEXT_FAMILIES[cfg.family] if cfg.vision is None else FAMILIES[MODEL_TYPES[cfg.vision.format]]
 
 
-FAMILIES: dict[str, Family] = {
-    "llama": llama,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "mixtral": mixtral,
-    "qwen2_moe": qwen2_moe,
-    "qwen3_moe": qwen3_moe,
-    "deepseek_v2": deepseek_v2,
-    "deepseek_v3": deepseek_v3,
-}
+MODEL_TYPES = {"llava": "llava", "llava_next": "llava_next", "loom": "loom_vlm"}
+"""What config.json calls each `vision.format`."""
 
 
 def problems(cfg: ModelConfig) -> list[Problem]:
     """Every setting that cannot work, as (key, value, reason, way out); the family is asked once the sizes are good."""
-    return cfg.size_problems() or _expert_problems(cfg) or FAMILIES[cfg.family].problems(cfg)
+    found = cfg.size_problems() or _expert_problems(cfg) or TEXT_FAMILIES[cfg.family].problems(cfg)
+    return found or ([] if cfg.vision is None else family_of(cfg).problems(cfg))
 
 
 DENSE = {"llama": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}

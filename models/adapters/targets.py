@@ -15,7 +15,7 @@ from models.blocks.mla import DownLinear
 from models.blocks.moe import Experts, SharedExpert
 from models.config import ModelConfig
 from models.decoder import Decoder, build
-from models.families import FAMILIES
+from models.families import family_of
 from models.rules import Concat, Rename
 from parallel.layers import ColumnLinear, RowLinear
 from parallel.sharding import shard_of
@@ -94,7 +94,7 @@ def layers_of(model: Decoder, targets: Sequence[str]) -> list[Layer]:
     """Every linear layer of a decoder (or a chunk of one) and its stacked experts, with the parts that `targets`
     choose; perhaps none."""
     rules = {
-        rule.ours: rule for rule in FAMILIES[model.cfg.family].rules(model.cfg) if isinstance(rule, Rename | Concat)
+        rule.ours: rule for rule in family_of(model.cfg).rules(model.cfg) if isinstance(rule, Rename | Concat)
     }
     found = []
     for path, module in linears(model):

@@ -12,10 +12,22 @@ from typing import Any
 from torch import nn
 
 from models.vision.config import VisionConfig
+from models.vision.connectors.blocks import PatchMerger, PixelShuffle
+from models.vision.connectors.perceiver import Perceiver
 from models.vision.connectors.projector import Projector
+from models.vision.connectors.qformer import QFormer
+from models.vision.connectors.resampler import Resampler
 from parallel.sharding import Place
 
-CONNECTORS: dict[str, Callable[..., nn.Module]] = {"linear": Projector, "mlp": Projector}
+CONNECTORS: dict[str, Callable[..., nn.Module]] = {
+    "linear": Projector,
+    "mlp": Projector,
+    "pixel_shuffle": PixelShuffle,
+    "patch_merger": PatchMerger,
+    "qformer": QFormer,
+    "perceiver": Perceiver,
+    "resampler": Resampler,
+}
 
 
 def build_connector(cfg: VisionConfig, width: int, place: Place, recompute: bool) -> Any:

@@ -1,0 +1,123 @@
+"""Models that see whose parts were never put together elsewhere: Loom's own names and config.json, of type `loom_vlm`.
+
+The decoder's tensors are called as its family calls them behind `language_model.`, the tower's as its own behind
+`vision_tower.`, the connector's as here. The parts of a config.json that all models that see share stand here too.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from models.config import ModelConfig, Problem
+from models.hf_config import required
+from models.rules import Concat, Rename, Rule, Stack, Tie, Unused
+from models.text_families import TEXT_FAMILIES
+from models.vision import config as parts
+from models.vision.config import ImageConfig, TowerConfig, VisionConfig
+from models.vision.eyes import Connection
+from models.vision.rules import tower_rules
+from parallel.sharding import SINGLE
+
+R = TypeVar("R", bound=Rule | Tie | Unused)
+CONNECTORS = (
+    parts.ProjectorConfig,
+    parts.ShuffleConfig,
+    parts.MergerConfig,
+    parts.QFormerConfig,
+    parts.PerceiverConfig,
+    parts.ResamplerConfig,
+)
+
+
+def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Our sizes from the content of a config.json of type `loom_vlm`."""
+    theirs = required(config, "connector_config")
+    connector = next(each for each in CONNECTORS if theirs.get("name") in _names(each))
+    vision = VisionConfig(
+        format="loom",
+        tower=TowerConfig(**_tuples(required(config, "vision_config"))),
+        connector=connector(**theirs),
+        images=ImageConfig(**_tuples(required(config, "images"))),
+    )
+    return dataclasses.replace(decoder_of(config), vision=vision)
+
+
+def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The content of a config.json of type `loom_vlm`."""
+    vision = cfg.vision
+    assert vision is not None
+    sections = {"vision_config": vision.tower, "connector_config": vision.connector, "images": vision.images}
+    own = {name: dataclasses.asdict(section) for name, section in sections.items()}
+    return {"model_type": "loom_vlm", "text_config": text_config(cfg)} | own
+
+
+def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
+    """Every tensor of the model."""
+    vision = cfg.vision
+    assert vision is not None
+    yield from tower_rules(vision.tower, "vision_tower.")
+    yield from (Rename(name, name) for name in connector_names(cfg))
+    yield from (renamed(rule, "language_model.") for rule in TEXT_FAMILIES[cfg.family].rules(cfg))
+
+
+def problems(cfg: ModelConfig) -> list[Problem]:
+    """Nothing that our own names cannot express."""
+    return []
+
+
+# ---- what all models that see share ---------------------------------------------------------------------------------
+
+
+def decoder_of(config: Mapping[str, Any]) -> ModelConfig:
+    """The decoder that `text_config` describes.
+
+    Raises:
+        ValueError: there is none, or its family is not here.
+    """
+    text = dict(required(config, "text_config"))
+    family = text.get("model_type", "llama")
+    if family not in TEXT_FAMILIES:
+        known = ", ".join(TEXT_FAMILIES)
+        raise ValueError(f"config.json has a text_config of model_type={family!r}; the decoders here are {known}")
+    return TEXT_FAMILIES[family].from_hf_config(text)
+
+
+def text_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The decoder as a section of config.json."""
+    return TEXT_FAMILIES[cfg.family].to_hf_config(dataclasses.replace(cfg, vision=None))
+
+
+def connector_names(cfg: ModelConfig) -> list[str]:
+    """Names of the connector's parameters."""
+    assert cfg.vision is not None
+    with torch.device("meta"):
+        connection = Connection(cfg.vision, cfg.hidden_size, SINGLE, False)
+    return [f"connector.{name}" for name, _ in connection.named_parameters()]
+
+
+def renamed(rule: R, prefix: str) -> R:
+    """A decoder's rule for a checkpoint in which its tensors begin with `prefix`."""
+    if isinstance(rule, Unused):
+        return dataclasses.replace(rule, prefix=prefix + rule.prefix)
+    if isinstance(rule, Concat):
+        return dataclasses.replace(rule, hf=tuple(prefix + name for name in rule.hf))
+    if isinstance(rule, Stack):
+        return dataclasses.replace(rule, hf=tuple(tuple(prefix + name for name in each) for each in rule.hf))
+    return dataclasses.replace(rule, hf=prefix + rule.hf)
+
+
+def _names(connector: type) -> tuple[str, ...]:
+    from typing import get_args, get_type_hints
+
+    return get_args(get_type_hints(connector)["name"])
+
+
+def _tuples(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of JSON as tuples, also within lists."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(tuples(each) for each in value) if isinstance(value, list | tuple) else value
+
+    return {key: tuples(value) for key, value in section.items()}
