@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from models.vision.image_checks import image_problems
+
 if TYPE_CHECKING:
     from models.vision.config import Problem, TowerConfig, VisionConfig
 
@@ -21,7 +23,7 @@ OWNERS: dict[str, tuple[tuple[str, ...], object, str]] = {
 
 
 def vision_problems(cfg: VisionConfig) -> list[Problem]:
-    """Those of the tower, and of tower and pictures together."""
+    """Those of the tower, of the pictures, and of both together."""
     found = [
         (f"vision.tower.{key}", value, reason, f"model.vision.tower.{way}")
         for key, value, reason, way in tower_problems(cfg.tower, cfg.connector.block)
@@ -32,7 +34,10 @@ def vision_problems(cfg: VisionConfig) -> list[Problem]:
         ways = ("fixed, anyres or tiles", "native")
         reason = f"is not for a tower of kind {cfg.tower.kind}: {size}"
         found.append(("vision.images.mode", cfg.images.mode, reason, f"model.vision.images.mode={ways[not native]}"))
-    return found
+    return found + [
+        (f"vision.images.{key}", value, reason, f"model.vision.images.{way}")
+        for key, value, reason, way in image_problems(cfg)
+    ]
 
 
 def tower_problems(cfg: TowerConfig, block: int) -> list[Problem]:
