@@ -13,6 +13,7 @@ from convert.boxes import Tensors
 from convert.from_hf import hf_shapes, weight_rules
 from convert.hf_files import SHARD_BYTES, SafetensorsWriter
 from convert.hf_folder_files import copy_files, has_tokenizer, write_config
+from convert.stored import StoredTensor
 from models import build
 from models.config import ModelConfig
 from models.rules import Rule
@@ -89,6 +90,36 @@ def _replace(temp: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
+def begin(folder: Path, cfg: ModelConfig, dtype: torch.dtype, tokenizer_folder: str | Path | None) -> None:
+    """Write an export into an empty folder but for the values of its tensors: the files have their full length, and
+    `put` writes into them, from as many processes as like.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    _writer(folder, cfg, dtype, SHARD_BYTES)
+    if tokenizer_folder is not None:
+        copy_files(tokenizer_folder, folder)
+    write_config(folder, cfg, dtype, tokenizer_folder)
+
+
+def put(stored: Mapping[str, StoredTensor], rule: Rule, tensor: torch.Tensor) -> None:
+    """Write one of our tensors, whole, into the files of an export that was begun.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    for hf, values in rule.to_hf(tensor).items():
+        stored[hf].put(0, values.reshape(-1, *stored[hf].row_shape))
+
+
+def _writer(folder: Path, cfg: ModelConfig, dtype: torch.dtype, shard_bytes: int) -> SafetensorsWriter:
+    rules, _ = weight_rules(cfg)
+    # A router's correction bias moves by steps that bf16 rounds away: it stays fp32, as in published checkpoints.
+    exact = {name for buffer, _ in build(cfg).named_buffers() for name in rules[buffer].sources}
+    return SafetensorsWriter(folder, hf_shapes(cfg), dtype, shard_bytes, exact)
+
+
 def _write_weights(
     folder: Path,
     cfg: ModelConfig,
@@ -96,11 +127,8 @@ def _write_weights(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    rules, _ = weight_rules(cfg)
-    # A router's correction bias moves by steps that bf16 rounds away: it stays fp32, as in published checkpoints.
-    exact = {name for buffer, _ in build(cfg).named_buffers() for name in rules[buffer].sources}
-    writer = SafetensorsWriter(folder, hf_shapes(cfg), dtype, shard_bytes, exact)
-    for hf, tensor in _in_their_names(tensors, rules):
+    writer = _writer(folder, cfg, dtype, shard_bytes)
+    for hf, tensor in _in_their_names(tensors, weight_rules(cfg)[0]):
         writer.put(hf, tensor)
     writer.finish()
 

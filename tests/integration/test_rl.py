@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from convert.to_hf import export
+from models import build
+from models.init import InitSource
 from tests import cases
+from tests.vllm_stand_in import serving
 
 SHOWN = {
     *("rollout/reward", "rollout/reward_std", "rollout/flat_groups", "rollout/length", "rollout/truncated"),
@@ -66,3 +71,29 @@ def test_a_critic_that_is_gone_is_told(pool: Any, world: Any) -> None:
     words = _words(world, stage="ppo", run__name="after", run__steps=2, run__resume=saved)
     with pytest.raises(AssertionError, match=r"its critic is not in .*critic/checkpoints/step_0000001"):
         pool(1).run(cases.run_config, words)
+
+
+def test_a_run_whose_texts_a_vllm_server_writes(pool: Any, world: Any, tmp_path: Path) -> None:
+    """The server is a stand-in by transformers, and has the weights of each step: both sides agree on every token."""
+    model = dataclasses.replace(cases.TINY, vocab_size=264, max_seq_len=64)
+    source = InitSource(model, 4)
+    weights = ((name, source.tensor(name)) for name, _ in build(model).named_parameters())
+    base = export(tmp_path / "base", model, weights, world.folder / "tokenizer")
+    settings = {"stage": "grpo", "run__name": "served", "run__steps": 2, "optim__lr": 0.02, "optim__warmup_steps": 0}
+    settings |= {"init_from": base, "model": "hf", "rollout__backend": "vllm", "rollout__samples": 4}
+    with serving(base) as server:
+        pool(1).run(cases.run_config, _words(world, **settings, rollout__url=server.url))
+        url = server.url
+    folder = world.folder / "runs" / "served"
+    rows = _rows(folder)
+    assert len([row for row in rows if row["kind"] == "eval"]) == 2
+    learnt = [row for row in rows if row["kind"] == "train"]
+    assert len(learnt) == 2 and max(row["train/mismatch_kl"] for row in learnt) < 1e-6
+    assert learnt[0]["train/grad_norm"] > 0 and learnt[0]["perf/generate_tokens_per_s"] > 0
+    policy = folder / "policy"
+    said = f"generator: the vLLM server at {url}, given the weights in {policy} before every rollout"
+    assert said in (folder / "log.txt").read_text()
+    assert [each.name for each in policy.iterdir()] == ["weights_000003"]
+    assert (policy / "weights_000003" / "tokenizer.json").is_file()
+    with pytest.raises(AssertionError, match=rf"rollout\.url={url}: no vLLM server answers .*vllm serve {base} --port"):
+        pool(1).run(cases.run_config, _words(world, **settings | {"run__steps": 3}, rollout__url=url))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import psutil
 import torch
 
 import models
 from convert.source import Source
+from data.peers import Peers
 from models.adapters.attach import attach
 from models.config import ModelConfig
 from models.generation import Generator, GeneratorConfig
@@ -28,7 +30,10 @@ from trainer.folders import other_model
 from trainer.rl.checks import critic_start, tp_fault
 from trainer.rl.learner import Learner
 from trainer.rl.packing import Packer
+from trainer.rl.served import ServedAuthor, ServedWeights, server_of
 from trainer.rl.weights import GeneratorWeights, TrainedItself, generates
+from trainer.rollout.rounds import ROUND_S, Rounds
+from trainer.rollout.vllm_writer import VllmWriter
 from trainer.sharing import sharing_fault
 from trainer.stages.policy import Policy
 from trainer.stages.policy_config import PolicyConfig
@@ -145,6 +150,22 @@ def make_generator(
     """The generator that reads these weights."""
     limits = GeneratorConfig(max_rows=cfg.rollout.max_rows, max_cached_tokens=cfg.rollout.max_cached_tokens)
     return Generator(weights.model, tokenizer, limits, stop_tokens)
+
+
+def make_served(
+    cfg: RunConfig, engine: Engine, groups: Groups, run_dir: Path, tokenizer: Tokenizer, stop_tokens: tuple[int, ...]
+) -> tuple[ServedWeights, ServedAuthor]:
+    """The policy as a vLLM server has it."""
+    server, named = server_of(cfg), cfg.rollout.weights_dir
+    rounds = Rounds(Peers(groups.rank, groups.world, groups.all_gather), round_s(cfg))
+    folder = run_dir / "policy" if named is None else Path(named) / run_dir.name
+    weights = ServedWeights(cfg, engine, server, rounds, folder)
+    return weights, ServedAuthor(VllmWriter(server, tokenizer, stop_tokens, rounds))
+
+
+def round_s(cfg: RunConfig) -> float:
+    """Seconds between two rounds, well below what a rank may wait."""
+    return min(ROUND_S, cfg.run.hang_timeout / 4)
 
 
 def generator_tp(cfg: RunConfig, engine: Engine, groups: Groups) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from data.config import DataConfig
+from models.adapters.config import LoraConfig
 from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
 from trainer.folders import folder_problem, model_in
@@ -89,8 +90,7 @@ def _samples(cfg: RunConfig, stage: PolicyConfig, world: int) -> list[Problem]:
 def _generator(cfg: RunConfig, stage: PolicyConfig, world: int) -> list[Problem]:
     tp, found = cfg.rollout.tp, []
     if cfg.rollout.backend == "vllm":
-        reason = "a server of vLLM cannot be given the weights that are trained, so its texts would not be the policy's"
-        found.append(Problem("rollout.backend", "vllm", reason, "rollout.backend=loom"))
+        return _server(cfg)
     if tp is None or tp < 1 or cfg.model.size_problems():
         return found
     fault = f"does not divide the {world} processes" if world % tp else tp_fault(cfg.model, tp)
@@ -99,6 +99,22 @@ def _generator(cfg: RunConfig, stage: PolicyConfig, world: int) -> list[Problem]
         ways = ", ".join(f"rollout.tp={n}" for n in good) or "another number of processes"
         found.append(Problem("rollout.tp", tp, fault, f"{ways}, or rollout.tp=null"))
     return found
+
+
+def _server(cfg: RunConfig) -> list[Problem]:
+    """Adapters that a vLLM server cannot be given."""
+    adapter = cfg.adapter
+    if adapter is None:
+        return []
+    reason = None
+    if not isinstance(adapter, LoraConfig) or adapter.dora:
+        kind = "dora" if isinstance(adapter, LoraConfig) else adapter.name
+        reason = f"a vLLM server takes whole models and plain LoRA adapters, none of kind {kind}"
+    elif any(name.startswith("experts.") for name in adapter.targets):
+        reason = "a vLLM server is given no adapters of experts"
+    elif cfg.init_from is None:
+        reason = "an adapter beside fresh random weights: no server has those"
+    return [] if reason is None else [Problem("rollout.backend", "vllm", reason, "rollout.backend=loom")]
 
 
 def _models(cfg: RunConfig, stage: PolicyConfig, world: int) -> list[Problem]:

@@ -14,6 +14,7 @@ from parallel.frozen import Frozen
 from trainer.rl.advantages import Groups
 from trainer.rl.credit import shaped_reward
 from trainer.rl.samples import Samples, Scorer
+from trainer.rl.served import ServedAuthor, ServedWeights
 from trainer.rl.weights import GeneratorWeights, TrainedItself
 from trainer.rl.writer import Author, Written
 from trainer.rollout.config import REWARD_MODEL, RolloutConfig
@@ -76,8 +77,8 @@ class Collector:
     cfg: RolloutConfig
     prompts: Prompts
     asks: Asks
-    author: Author
-    weights: GeneratorWeights | TrainedItself
+    author: Author | ServedAuthor
+    weights: GeneratorWeights | TrainedItself | ServedWeights
     scorer: Scorer
     reward_model: Frozen | None
     offload: bool

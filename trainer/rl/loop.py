@@ -24,6 +24,7 @@ from trainer.rl.experience import Experience, Scores, experience, needs_old
 from trainer.rl.learner import Learner, Learnt, parts
 from trainer.rl.measures import experience_metrics, rollout_metrics
 from trainer.rl.samples import Model, Samples, Scorer, value_before
+from trainer.rl.served import ServedWeights
 from trainer.rollout.records import Records
 from trainer.stages.policy_config import PolicyConfig
 
@@ -98,6 +99,9 @@ class RlTrainer:
         metrics["train/lr"] = self.policy.optim.lr_at(progress.step, self.total_steps)
         if self.critic is not None:
             metrics |= self.critic.metrics(critic, self.collector.channels)
+        weights = self.collector.weights
+        if isinstance(weights, ServedWeights) and (said := weights.far_off(metrics)):
+            self.log.note(said)
         if self.records is not None:
             self.records.write(progress.step + 1, collected.rollouts, advantages)
         metrics |= self._speed(clock, time.perf_counter() - began, collected, samples, policy, critic)

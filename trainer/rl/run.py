@@ -23,14 +23,13 @@ from trainer.logging.log import Log
 from trainer.loop import Progress
 from trainer.reading import behind_the_gate
 from trainer.resuming import save, to_resume
-from trainer.rl import build
+from trainer.rl import build, served
 from trainer.rl.collecting import Asks, Collector, Prompts
 from trainer.rl.loop import RlTrainer
 from trainer.rl.samples import Scorer
 from trainer.rl.writer import Author
 from trainer.rollout.records import Records
 from trainer.rollout.rollout import Rollouter
-from trainer.rollout.rounds import ROUND_S
 from trainer.stages.policy_config import PolicyConfig
 from trainer.stages.ppo import PpoConfig
 
@@ -101,10 +100,11 @@ def _asking(cfg: RunConfig, groups: Groups, log: Log) -> Iterator[tuple[Asks, An
     render = renderer_of(tokenizer, cfg.data.tokenizer, cfg.data.chat_template)
     ends = stop_tokens_of(tokenizer, Path(cfg.data.tokenizer), render)
     peers = Peers(groups.rank, groups.world, groups.all_gather)
-    every_s = min(ROUND_S, cfg.run.hang_timeout / 4)
-    asks = Rollouter(cfg.rollout, tokenizer, render, cfg.run.seed, peers, log.note, every_s)
+    asks = Rollouter(cfg.rollout, tokenizer, render, cfg.run.seed, peers, log.note, build.round_s(cfg))
     try:
         asks.check()
+        if cfg.rollout.backend == "vllm":
+            peers.from_first(lambda: served.check(cfg, served.server_of(cfg)))
         yield asks, tokenizer, tuple(token for token in ends if 0 <= token < cfg.model.vocab_size)
     finally:
         asks.close()
@@ -126,8 +126,12 @@ def make_trainer(parts: Parts, saved: checkpoint.Checkpoint | None, total_steps:
     reference = build.make_reference(cfg, stage, groups, policy.engine)
     reward_model = build.make_reward_model(cfg, groups)
     folders.forget()  # of a large model the headers alone are large
-    weights = build.make_weights(cfg, policy.engine, groups, 2 * cfg.run.hang_timeout + 60)
-    author = Author(build.make_generator(cfg, weights, parts.tokenizer, parts.stop_tokens), groups)
+    if cfg.rollout.backend == "vllm":
+        words = (parts.run_dir, parts.tokenizer, parts.stop_tokens)
+        weights, author = build.make_served(cfg, policy.engine, groups, *words)
+    else:
+        weights = build.make_weights(cfg, policy.engine, groups, 2 * cfg.run.hang_timeout + 60)
+        author = Author(build.make_generator(cfg, weights, parts.tokenizer, parts.stop_tokens), groups)
     scorer = Scorer(build.packer_of(cfg, groups), groups)
     collector = Collector(
         stage, cfg.rollout, parts.prompts, parts.asks, author, weights, scorer, reward_model, cfg.rollout.offload
@@ -185,16 +189,23 @@ def _critic_checkpoint(saved: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
 
 def described(trainer: RlTrainer) -> list[str]:
     """Which models there are and where the generator's weights come from."""
-    weights, tp = trainer.collector.weights, trainer.collector.weights.model.place.tp.size
-    how = "reads the trained weights" if weights.shared else "has a copy of the weights, filled before every rollout"
-    copies = trainer.groups.world // tp
+    weights = trainer.collector.weights
+    if isinstance(weights, served.ServedWeights):
+        what = "weights" if trainer.cfg.adapter is None else "adapter"
+        writes = f"the vLLM server at {weights.server.url}, given the {what} in {weights.folder} before every rollout"
+    else:
+        tp = weights.model.place.tp.size
+        how = (
+            "reads the trained weights" if weights.shared else "has a copy of the weights, filled before every rollout"
+        )
+        writes = f"{trainer.groups.world // tp} x tp {tp}, {how}"
     others = {
         "critic": trainer.critic,
         "reference": trainer.reference,
         "reward model": trainer.collector.reward_model,
     }
     names = [name for name, model in others.items() if model is not None]
-    return [f"generator: {copies} x tp {tp}, {how}" + (f"; besides the policy: {', '.join(names)}" if names else "")]
+    return [f"generator: {writes}" + (f"; besides the policy: {', '.join(names)}" if names else "")]
 
 
 def _read_prompts(cfg: RunConfig, groups: Groups, run_dir: Path) -> PromptData:

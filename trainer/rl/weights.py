@@ -8,20 +8,16 @@ from the whole; in memory there is one whole parameter (and one part of it) abov
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from models.decoder import Decoder
 from parallel.engine import Engine
-from parallel.live_weights import live_pieces
 from parallel.materialise import fill_
-from parallel.sharding import REPLICATED, Cut, Shard, shard_of
-
-Range = tuple[int, Cut, int, int]
-"""Who gives it (rank in the group), of which cut, first element of the flattened part, elements."""
+from parallel.sharding import shard_of
+from trainer.rl.whole import WholeWeights
 
 
 class TrainedItself:
@@ -65,12 +61,8 @@ class GeneratorWeights:
         same_cut = groups.tp.size == model.place.tp.size and groups.tp.rank == model.place.tp.rank
         self.shared = dtype == torch.float32 and groups.pp.size == 1 and not dealt_out and same_cut
         """Whether the generator reads the very weights that are trained."""
-        self._column = not dealt_out
-        self._axis_group = groups.model.group if self._column else dist.group.WORLD
-        self._rank = groups.model.rank if self._column else groups.rank
-        self._size = groups.model.size if self._column else groups.world
         self._shapes = {name: shard_of(p).whole_shape(p.shape) for name, p in model.named_parameters()}
-        self._ranges = {} if self.shared else self._told()
+        self._whole = None if self.shared else WholeWeights(engine)
         self._filled_at: int | None = None
 
     def fill(self) -> None:
@@ -78,11 +70,11 @@ class GeneratorWeights:
         since the last time."""
         if self._filled_at == self.engine.optimizer_steps:
             return
-        if self.shared:
+        if self._whole is None:
             trained = dict(self.engine.named_parameters()) | dict(self.engine.state.buffers)
             self._take({name: tensor.detach() for name, tensor in trained.items()})
         else:
-            self._move()
+            self._move(self._whole)
         self._filled_at = self.engine.optimizer_steps
 
     def drop(self) -> None:
@@ -110,56 +102,16 @@ class GeneratorWeights:
         module = self.model.get_submodule(name.rpartition(".")[0])
         setattr(module, name.rpartition(".")[2], values)
 
-    # ---- copies ---------------------------------------------------------------------------------------------------
-
-    def _told(self) -> dict[str, list[Range]]:
-        """Of every parameter and buffer who gives which range of it; cuts and ranges in order."""
-        mine = [(each.name, each.cut, each.start, each.values.numel()) for each in self._pieces()]
-        everyone: list[Any] = [mine]
-        if self._size > 1:
-            everyone = [None] * self._size
-            dist.all_gather_object(everyone, mine, group=self._axis_group)
-        found: dict[str, list[Range]] = {}
-        for giver, given in enumerate(everyone):
-            for name, cut, start, numel in given:
-                found.setdefault(name, []).append((giver, cut, start, numel))
-        order = {
-            name: sorted(ranges, key=lambda r: (r[1].ep_rank, r[1].tp_rank, r[2])) for name, ranges in found.items()
-        }
-        return order
-
-    def _pieces(self) -> list[Any]:
-        return list(live_pieces(self.engine, self._column))
-
-    def _move(self) -> None:
-        mine = {(each.name, each.start): each.values for each in self._pieces()}
+    def _move(self, whole: WholeWeights) -> None:
         self.drop()
         cut = self.model.place.cut
+        whole.begin()
         for name, param in self.model.named_parameters():
-            shard = shard_of(param)
-            whole = self._whole(name, shard, self._shapes[name], mine)
-            part = shard.slice(whole, cut)
+            shard, shape = shard_of(param), self._shapes[name]
+            part = shard.slice(whole.tensor(name, shape, shard), cut)
             # A view would keep all of the whole.
-            part = part.clone() if part.numel() < whole.numel() else part
+            part = part.clone() if part.numel() < math.prod(shape) else part
             self._put(param, part.to(self.dtype))
         for name, buffer in list(self.model.named_buffers()):
-            self._put_buffer(name, self._whole(name, REPLICATED, tuple(buffer.shape), mine))
-
-    def _whole(
-        self, name: str, shard: Shard, shape: tuple[int, ...], mine: dict[tuple[str, int], torch.Tensor]
-    ) -> torch.Tensor:
-        """The whole parameter, on every rank."""
-        ranges, device = self._ranges[name], self.engine.groups.device
-        cuts = list(dict.fromkeys(cut for _, cut, _, _ in ranges))
-        whole = torch.empty(shape, device=device)
-        for cut in cuts:
-            part = whole if len(cuts) == 1 else torch.empty(shard.local_shape(shape, cut), device=device)
-            for giver, _, start, numel in (each for each in ranges if each[1] == cut):
-                values = part.view(-1)[start : start + numel]
-                if giver == self._rank:
-                    values.copy_(mine[name, start])
-                if self._size > 1:
-                    dist.broadcast(values, group=self._axis_group, group_src=giver)
-            if len(cuts) > 1:
-                shard.put(whole, cut, part)
-        return whole
+            self._put_buffer(name, whole.tensor(name, tuple(buffer.shape)))
+        whole.end()

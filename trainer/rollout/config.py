@@ -108,9 +108,12 @@ class RolloutConfig:
     workers: int = 2
     """Processes beside each training process for functions that may hang or crash; they start when there are such."""
     backend: Literal["loom", "vllm"] = "loom"
-    """What writes: Loom's generator, or a vLLM server."""
+    """What writes: Loom's generator, or a vLLM server (docs/rl.md says how one is started)."""
     url: str | None = None
     """Where the vLLM server is, such as http://localhost:8000."""
+    weights_dir: str | None = None
+    """Folder by which the trained weights reach the vLLM server before each rollout: it sees it under the same path,
+    and there is room for the model twice; null = `policy` in the run folder."""
     tp: int | None = None
     """Tensor-parallel ranks of the generator; null = training's where the trained weights can be read as they are, else
     as few as have room for a copy."""
@@ -175,8 +178,8 @@ class RolloutConfig:
             return [f"rollout.{name} is ignored: stage.name={stage} writes no texts" for name in given]
         of_task = ("task_arguments", "task_role", "task_timeout", "max_turns")
         found = [f"rollout.{name} is ignored: rollout.task=null" for name in of_task if name in given and not self.task]
-        if "url" in given and self.backend != "vllm":
-            found.append(f"rollout.url is ignored: rollout.backend={self.backend}")
+        of_backend = ("url", "weights_dir") if self.backend != "vllm" else ("tp", "max_rows", "max_cached_tokens")
+        found += [f"rollout.{n} is ignored: rollout.backend={self.backend}" for n in of_backend if n in given]
         if "save_tokens" in given and not self.save:
             found.append("rollout.save_tokens is ignored: rollout.save=false")
         return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +15,9 @@ import pytest
 from data.peers import Peers
 from models.generation import SamplingConfig
 from tests.generation_cases import Letters
+from trainer.rollout import vllm_server
+from trainer.rollout.rounds import Rounds
+from trainer.rollout.vllm_server import VllmServer
 from trainer.rollout.vllm_writer import VllmWriter
 
 END, B = 0, 2
@@ -25,12 +30,14 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, Any]] = []
-        self.old = False
+        self.old, self.resets = False, 0
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
         self.asked.append((path, body))
         if path != "/v1/completions":
-            return (200, {}) if path in ("/v1/models", "/collective_rpc", "/reset_prefix_cache") else (404, {})
+            return 404, {}
+        if "model" in body:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if len(body["prompt"]) > 6:
             return 400, {"error": {"message": "This model's maximum context length is 6 tokens"}}
         return 200, {"choices": [self.choice(body, sample) for sample in reversed(range(body["n"]))]}
@@ -56,6 +63,10 @@ class Handler(BaseHTTPRequestHandler):
         self._give(*self.server.answer(self.path, None))
 
     def do_POST(self) -> None:
+        if self.server.resets:
+            self.server.resets -= 1
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.connection.close()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self._give(*self.server.answer(self.path, body))
 
@@ -80,13 +91,12 @@ def server() -> Iterator[Server]:
 
 
 def writer(server: Server, peers: Peers | None = None) -> VllmWriter:
-    url = f"http://127.0.0.1:{server.server_port}/"
-    return VllmWriter(url, Letters(), (END,), peers or Peers(0, 1, lambda each: [each]), timeout=30)
+    asked = VllmServer(f"http://127.0.0.1:{server.server_port}/", timeout=30)
+    return VllmWriter(asked, Letters(), (END,), Rounds(peers or Peers.alone()))
 
 
 def test_texts_come_back_by_prompt_and_sample(server: Server) -> None:
     made = writer(server)
-    made.check()
     (one, two) = made.write([(B, 1), (B + 1,)], 5, DRAWN, [11, 12])
     assert [each.text for each in one] == ["B", "BB", "BBB", "BBBB", "BBBBB"] and two[0].text == "C"
     assert [each.finish for each in one] == ["stop"] * 4 + ["length"]
@@ -106,21 +116,32 @@ def test_a_prompt_it_refuses_costs_only_its_samples(server: Server) -> None:
     assert "maximum context length" in long[0].error and good[1].text == "BB"
 
 
+def test_a_connection_that_is_reset_is_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "_PAUSES_S", (0.01, 0.01))
+    server.resets = 2
+    assert writer(server).write([(B,)], 1, DRAWN, [1])[0][0].text == "B"
+    server.resets = 3
+    with pytest.raises(ValueError, match=r"no vLLM server answers there .*reset by peer"):
+        writer(server).write([(B,)], 1, DRAWN, [1])
+
+
 def test_ranks_ask_for_their_share(server: Server) -> None:
     """The other rank's share is made by a writer of its own."""
     prompts, seeds = [(n,) for n in range(1, 6)], list(range(5))
-    others = writer(server, Peers(1, 2, lambda each: [[[]] * 3, each])).write(prompts, 1, DRAWN, seeds)
+
+    def beside(rank: int, theirs: Any) -> Peers:
+        def gather(ours: Any) -> list[Any]:
+            both = [ours, ours if isinstance(ours, bool) else (None, theirs)]
+            return both if rank == 0 else both[::-1]
+
+        return Peers(rank, 2, gather)
+
+    others = writer(server, beside(1, [[]] * 3)).write(prompts, 1, DRAWN, seeds)
     assert [len(each) for each in others] == [0, 1, 0, 1, 0]
     server.asked.clear()
-    shares = Peers(0, 2, lambda each: [each, [others[1], others[3]]])
-    made = writer(server, shares).write(prompts, 1, DRAWN, seeds)
+    made = writer(server, beside(0, [others[1], others[3]])).write(prompts, 1, DRAWN, seeds)
     assert [each.text for (each,) in made] == list("ABCDE")
     assert sorted(body["prompt"] for _, body in server.asked) == [[1], [3], [5]]
-
-
-def test_weights_are_read_again(server: Server) -> None:
-    writer(server).load()
-    assert server.asked == [("/collective_rpc", {"method": "reload_weights"}), ("/reset_prefix_cache", {})]
 
 
 def test_mistakes_say_what_to_do(server: Server) -> None:
@@ -128,8 +149,6 @@ def test_mistakes_say_what_to_do(server: Server) -> None:
     server.old = True
     with pytest.raises(ValueError, match=r"no 'token_ids'; it needs vLLM 0\.10\.2"):
         made.write([(B,)], 1, DRAWN, [1])
-    with pytest.raises(ValueError, match=r"answers 404 .*VLLM_SERVER_DEV_MODE=1"):
-        made._post("/nothing", {})
-    gone = VllmWriter("http://127.0.0.1:9", Letters(), (END,), Peers(0, 1, lambda each: [each]))
-    with pytest.raises(ValueError, match=r"rollout\.url=http://127\.0\.0\.1:9: no vLLM server answers there .*loom"):
-        gone.check()
+    made.server.adapter = "gone"
+    with pytest.raises(ValueError, match=r"answers 404 to /v1/completions .*; start one so: VLLM_SERVER_DEV_MODE=1"):
+        made.write([(B,)], 1, DRAWN, [1])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from models import ModelConfig
+from models.adapters.config import Ia3Config, LoraConfig
 from parallel.config import ParallelConfig
 from tests.rl_cases import rl_config
 from trainer.rl.checks import problems
@@ -92,6 +93,14 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert _told(GrpoConfig(reference=str(tmp_path / "gone"))) == []  # kl=none asks no reference
 
 
-def test_a_server_cannot_be_given_weights() -> None:
-    ((key, reason, way),) = _told(backend="vllm", url="http://localhost:8000")
-    assert key == "rollout.backend" and "not be the policy's" in reason and way == "rollout.backend=loom"
+def test_a_server_cannot_be_given_every_adapter() -> None:
+    server: dict[str, Any] = {"backend": "vllm", "url": "http://localhost:8000"}
+    assert _told(**server) == []
+    for adapter, reason in (
+        (Ia3Config(), "none of kind ia3"),
+        (LoraConfig(dora=True), "none of kind dora"),
+        (LoraConfig(targets=("experts.down_proj",)), "no adapters of experts"),
+        (LoraConfig(), "fresh random weights"),
+    ):
+        ((key, said, way),) = _told(adapter=adapter, **server)
+        assert key == "rollout.backend" and reason in said and way == "rollout.backend=loom"
