@@ -10,9 +10,10 @@ import pytest
 
 from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from parallel.config import ParallelConfig
-from tests import adapter_cases, cases
+from tests import adapter_cases, cases, rl_cases
 from tests.cases import TINY
 from tests.pool import Pool
+from trainer.stages.grpo import GrpoConfig
 
 TOLERANCE = 1e-5
 DEEP = dataclasses.replace(TINY, num_layers=4, tied_embeddings=True)
@@ -59,3 +60,22 @@ def test_a_layout_is_one_process(row: Any, pool: Callable[[int], Pool], referenc
     assert found[0]["grads"].keys() == expected["grads"].keys()
     assert cases.distance(expected["grads"], found[0]["grads"]) < TOLERANCE
     assert cases.distance(expected["weights"], found[0]["weights"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("adapter", "layout", "zero"),
+    [(PromptConfig(tokens=3), {"pp": 2}, 1), (PREFIX, {"tp": 2, **SP}, 3)],
+    ids=["prompt", "prefix"],
+)
+def test_a_generator_has_them_too(adapter: Any, layout: dict[str, Any], zero: Any, pool: Callable[[int], Pool]) -> None:
+    """Steps of GRPO: weights that had to be moved write the same texts, and the probabilities are the policy's."""
+    given = {"adapter": adapter, "steps": 2}
+    stage = GrpoConfig(kl="loss")
+    expected = pool(1).run(rl_cases.rl_steps, stage, DEEP, ParallelConfig(), **given)[0]
+    found = pool(2).run(rl_cases.rl_steps, stage, DEEP, ParallelConfig(**layout), zero, **given)[0]
+    assert found["texts"] == expected["texts"]
+    for ours, theirs in zip(expected["metrics"], found["metrics"], strict=True):
+        assert theirs["train/mismatch_kl"] < 1e-9 and ours["train/kl"] > 1e-6
+        for name in ("train/loss", "train/kl", "train/grad_norm"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
+    assert cases.distance(expected["weights"]["policy"], found["weights"]["policy"]) < TOLERANCE
