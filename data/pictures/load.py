@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,13 +73,15 @@ def stream_of(source: Source) -> BinaryIO:
             raise PictureError("the picture has no bytes")
         return io.BytesIO(source)
     try:
-        stream = open(source, "rb")  # noqa: SIM115
+        about = os.stat(source)
+        usable = stat.S_ISREG(about.st_mode) and about.st_size  # opening a pipe would wait for a writer
+        stream = open(source, "rb") if usable else None  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         cause = (getattr(error, "strerror", None) or str(error)).lower()
         raise PictureError(f"the file cannot be opened: {cause}") from error
-    if not os.fstat(stream.fileno()).st_size:
-        stream.close()
-        raise PictureError("the file is empty")
+    if stream is None:
+        regular = stat.S_ISREG(about.st_mode)
+        raise PictureError("the file is empty" if regular else "the file cannot be opened: it is a folder or a device")
     return stream
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -126,7 +127,9 @@ def test_broken_files_are_told_in_one_line(picture, tmp_path: Path) -> None:
     assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == unknown
     assert reason(tmp_path / "nowhere.png") == "the file cannot be opened: no such file or directory"
     assert reason("a\0b.png").startswith("the file cannot be opened:")
-    assert reason(tmp_path) == "the file cannot be opened: is a directory"
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png"):
+        assert reason(path) == "the file cannot be opened: it is a folder or a device"
     (tmp_path / "empty.png").touch()
     assert reason(tmp_path / "empty.png") == "the file is empty"
     assert reason(hollow_png(0, 5)) == unknown
