@@ -28,6 +28,11 @@ def mismatched_batches(
     chosen = range(len(pieces)) if rows is None else [piece for row in rows for piece in row.pieces]
     seq_len = data.order.seq_len
     found = mismatched(documents_of(data.caches, {}, pieces, list(chosen)), seq_len)
+    return dealt(found, seq_len, rank, world, micro_batch_rows)
+
+
+def dealt(found: Sequence[Document], seq_len: int, rank: int, world: int, micro_batch_rows: int) -> list[MicroBatch]:
+    """This rank's share of some documents, packed best-fit; equally many micro-batches on every rank."""
     lengths = np.array([len(doc.tokens_L) for doc in found], dtype=np.int64)
     grouped, starts = group_by_row(best_fit(lengths, seq_len))
     members = [grouped[start:stop] for start, stop in pairwise(starts)]

@@ -3,8 +3,9 @@
     python scripts/verify.py model=qwen3_8b parallel.tp=2 parallel.pp=2 engine=zero1
     python scripts/verify.py <the words of any training command> [--processes N]
 
-Shrinks the model, trains it for three steps on made-up rows in the asked layout (CPU processes) and in one process,
-and compares outputs of modules, losses, channels, gradients and weights. Exit code 0: equal; 1: they differ, with the
+Shrinks the model, trains it for three steps of the config's own stage on made-up rows in the asked layout (CPU
+processes) and in one process, and compares outputs of modules, losses, channels, gradients and weights. Of ppo and grpo
+that is the update of the policy from made-up samples. Exit code 0: equal; 1: they differ, with the
 first module and tensor that do; 2: the config has a mistake.
 """
 
@@ -32,7 +33,14 @@ from trainer.verify.shrink import processes_for, shrunk
 
 INSIDE = "--on-the-cpu"
 CPU_ONLY = ("CUDA_VISIBLE_DEVICES=", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1")
-MADE_UP = ("data.sources", "data.eval_sources", "data.tokenizer", "data.chat_template", "run.resume")
+MADE_UP = (
+    "data.sources",
+    "data.eval_sources",
+    "data.tokenizer",
+    "data.chat_template",
+    "rollout.rewards",
+    "run.resume",
+)
 """What a run needs and a verification does not."""
 ANY_MACHINE = Machine(gpu=True, flash_attn=True)
 """The config is judged for the machine it is meant for, not for this one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -18,8 +19,12 @@ import parallel.experts
 import parallel.gradients
 import parallel.layers
 import parallel.tensor_linear
+import trainer.channels
 import trainer.loop
+import trainer.sequences
+import trainer.verify.record
 from data.batch import IGNORED, MicroBatch
+from models.config import ModelConfig
 from parallel.collectives import Pending
 from parallel.context import Kind
 from parallel.layers import RowLinear
@@ -27,7 +32,9 @@ from parallel.matmul import Again
 from parallel.sharding import Axis, Cut, Shard
 from tests.cases import here
 from trainer.config import RunConfig
+from trainer.stages.dpo import Dpo
 from trainer.stages.next_token import NextToken
+from trainer.stages.pairs import num_pairs
 from trainer.verify.record import record
 
 
@@ -168,6 +175,37 @@ def _norm_counts_twice() -> mock._patch:
     )
 
 
+def _pairs_count_on_every_rank() -> mock._patch:
+    """Every rank that has a part of a pair counts it."""
+    return mock.patch.object(Dpo, "count", lambda self, batches: float(sum(num_pairs(batch) for batch in batches)))
+
+
+def _half_a_document() -> mock._patch:
+    """The log-probability of an answer is that of this rank's tokens."""
+    return mock.patch.object(trainer.sequences, "sum_over", lambda x, axis: x)
+
+
+def _reference_of_the_policy() -> mock._patch:
+    """The reference is given the weights that were asked for first, the policy's."""
+    true, seeds = trainer.verify.record.UnevenSource, list[int]()
+
+    def source(cfg: ModelConfig, seed: int) -> trainer.verify.record.UnevenSource:
+        seeds.append(seed)
+        return true(cfg, seeds[0])
+
+    return mock.patch.object(trainer.verify.record, "UnevenSource", source)
+
+
+def _pairs_reported_twice() -> mock._patch:
+    """The columns of a pair are summed over ranks that have the same."""
+    true = trainer.channels.local_sums
+
+    def local_sums(*given: Any) -> trainer.channels.Sums:
+        return {name: tuple(2 * x for x in row) for name, row in true(*given).items()}
+
+    return mock.patch.object(trainer.channels, "local_sums", local_sums)
+
+
 FAULTS: dict[str, Callable[[], mock._patch]] = {
     "missing_all_reduce": _missing_all_reduce,
     "missing_backward_sum": _missing_backward_sum,
@@ -183,5 +221,9 @@ FAULTS: dict[str, Callable[[], mock._patch]] = {
     "bias_on_every_rank": _bias_on_every_rank,
     "shared_heads_keep_their_part": _shared_heads_keep_their_part,
     "norm_counts_twice": _norm_counts_twice,
+    "pairs_count_on_every_rank": _pairs_count_on_every_rank,
+    "half_a_document": _half_a_document,
+    "reference_of_the_policy": _reference_of_the_policy,
+    "pairs_reported_twice": _pairs_reported_twice,
 }
 """Name -> a patch that plants it, to be entered."""

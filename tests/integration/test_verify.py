@@ -64,6 +64,10 @@ CLEAN = {
     "ep=2": ("model=tiny_deepseek_v3 parallel.ep=2", 2),
     "zero 3": ("model=tiny_llama engine=zero3 engine.recompute=full", 2),
     "tp=2 pp=2": ("model=tiny_qwen2 parallel=tp2_pp2", 4),
+    "reward, tp=2 with sequence parallel": ("model=tiny_llama parallel=tp2 stage=reward stage.share_prompt=true", 2),
+    "dpo, cp=2": ("model=tiny_llama parallel.cp=2 stage=dpo stage.sft_weight=0.5", 2),
+    "kto, pp=2": ("model=tiny_qwen2 parallel.pp=2 stage=dpo stage.loss=kto", 2),
+    "ppo, ep=2": ("model=tiny_deepseek_v3 parallel.ep=2 stage=ppo stage.kl=loss stage.kl_estimator=k2", 2),
 }
 
 
@@ -107,7 +111,7 @@ FOUND = {
     ),
     "denominator_counts_twice": (
         "model=tiny_llama parallel.cp=2",
-        ("every module's output is right", "head.weight", "0.5 times", "counts tokens more than once (2 times)"),
+        ("every module's output is right", "head.weight", "0.5 times", "more than once (2 times)"),
     ),
     "loss_reported_twice": (
         "model=tiny_llama parallel.tp=2",
@@ -132,6 +136,30 @@ FOUND = {
     "norm_counts_twice": (
         "model=tiny_llama parallel.tp=2",
         ("every output and gradient is right", "train/grad_norm", "their norm is not"),
+    ),
+    "pairs_count_on_every_rank": (
+        "model=tiny_llama parallel.cp=2 stage=dpo",
+        ("every module's output is right", "head.weight", "0.5 times", "more than once (2 times)"),
+    ),
+    "half_a_document": (
+        "model=tiny_llama parallel.cp=2 stage=dpo stage.sft_weight=0.5",
+        (
+            "every module's output is right",
+            "gradient of head.weight",
+            "what the head gives is right and the loss is not",
+        ),
+    ),
+    "reference_of_the_policy": (
+        "model=tiny_llama parallel.tp=2 stage=dpo",
+        (
+            "every module's output is right",
+            "gradient of head.weight",
+            "what the head gives is right and the loss is not",
+        ),
+    ),
+    "pairs_reported_twice": (
+        "model=tiny_llama parallel.tp=2 stage=dpo",
+        ("every output and gradient is right", "pairs are counted twice or left out: "),
     ),
 }
 
@@ -212,6 +240,14 @@ def test_too_many_processes_are_told_with_smaller_sizes() -> None:
     smaller = "model=llama3_8b parallel.tp=4 parallel.pp=2"
     assert small(smaller).world == 8
     assert small("model=llama3_8b parallel.tp=8 parallel.pp=4", 32).world == 32
+
+
+def test_a_stage_keeps_its_loss_and_says_what_it_leaves_out() -> None:
+    made = small("model=tiny_llama parallel.tp=2 stage=dpo stage.loss=ipo stage.precompute_reference=true adapter=lora")
+    assert (made.cfg.stage.name, getattr(made.cfg.stage, "loss", "")) == ("dpo", "ipo")
+    assert {"the reference is asked in every step", "adapter lora -> none, all weights are trained"} <= {*made.changes}
+    made = small("model=tiny_llama parallel.tp=2 stage=ppo")  # rewards are made up as well
+    assert "no critic" in made.changes and any("update alone is checked" in change for change in made.changes)
 
 
 def test_stages_given_by_hand_stay_uneven() -> None:

@@ -6,8 +6,20 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from trainer.verify.compare import INPUTS, TOLERANCE, Comparison, Difference, outputs, parts_touched, places_of
+from trainer.verify.compare import (
+    INPUTS,
+    TOLERANCE,
+    Comparison,
+    Difference,
+    metric_of,
+    outputs,
+    parts_touched,
+    places_of,
+)
 from trainer.verify.record import Range, Record, Rows
+
+COUNTS = ("tokens", "pairs", "answers", "samples")
+"""What numbers end in that are denominators."""
 
 
 def likely_cause(seen: Comparison) -> str:
@@ -16,9 +28,10 @@ def likely_cause(seen: Comparison) -> str:
         return _of_start(seen.wrong("start")[0])
     if seen.wrong("forward"):
         return _of_forward(seen, seen.wrong("forward")[0].name)
-    counts = [each for each in seen.wrong("numbers") if "tokens" in each.name]
+    counts = [each for each in seen.wrong("numbers") if metric_of(each.name).endswith(COUNTS)]
     if counts:
-        return f"tokens are counted twice or left out: {counts[0].name} is {counts[0].where}."
+        what = metric_of(counts[0].name)
+        return f"{what} are counted twice or left out: {counts[0].name} is {counts[0].where}."
     if seen.wrong("gradients"):
         return _of_gradients(seen, [each.name for each in seen.wrong("gradients")])
     norms = [each for each in seen.wrong("numbers") if "grad_norm" in each.name]
@@ -144,6 +157,12 @@ def _of_gradients(seen: Comparison, names: Sequence[str]) -> str:
         )
     if all(".experts." in name for name in names):
         return "only experts differ: the reduction over the ranks that hold the same ones, or the way back to them."
+    losses = [each for each in seen.wrong("numbers") if each.name == "train/loss step 1"]
+    if losses and len(names) == len(seen.found["gradients"]):
+        return (
+            f"what the head gives is right and the loss is not ({losses[0].where}): what the stage makes of it, or is "
+            "told besides (a reference, advantages)."
+        )
     return (
         "the forward is right, and behind this tensor (towards the input) gradients are not: a sum in the backward, "
         "there or in the module it belongs to."
@@ -161,7 +180,9 @@ def _of_factor(factor: float, names: Sequence[str], seen: Comparison) -> str:
     times = factor if factor > 1 else 1 / factor
     exact = abs(times - round(times)) < 1e-4
     if everything and factor < 1:
-        why = "the denominator counts tokens more than once" + (f" ({round(times)} times)" if exact else "")
+        why = "the denominator counts tokens, pairs or samples more than once" + (
+            f" ({round(times)} times)" if exact else ""
+        )
     elif everything:
         why = f"tokens, or ranks with the same tokens, count {round(times)} times" if exact else "a scale is missing"
     else:

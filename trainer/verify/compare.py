@@ -217,6 +217,10 @@ def parts_touched(shard: Shard, names: Sequence[str], rows: Iterable[int]) -> li
     return touched
 
 
+NATS = ("loss", "margin", "kl", "moved_kl", "mismatch_k1", "mismatch_kl")
+"""Numbers that are differences of larger ones, as are rewards: below 1 they are compared as if they were 1."""
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +233,15 @@ def _numbers(reference: Record, main: Record) -> list[Difference]:
             where = "told by one process, not here" if ours is None else "told here, not by one process"
             differences.append(Difference(name, float("inf"), where))
         else:
-            relative = abs(ours - theirs) / max(abs(theirs), 1e-12) if ours != theirs else 0.0
+            relative = abs(ours - theirs) / max(abs(theirs), _smallest(name)) if ours != theirs else 0.0
             differences.append(Difference(name, _no_nan(relative), f"{ours:.9g} instead of {theirs:.9g}"))
     return differences
+
+
+def metric_of(name: str) -> str:
+    """The last word of a number's name: tokens for channel/code/tokens step 1."""
+    return name.partition(" ")[0].rpartition("/")[2]
+
+
+def _smallest(name: str) -> float:
+    return 1.0 if metric_of(name) in NATS or metric_of(name).endswith("_reward") else 1e-12

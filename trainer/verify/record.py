@@ -28,7 +28,7 @@ from trainer.build import make_engine
 from trainer.config import RunConfig
 from trainer.logging.log import NullLog
 from trainer.loop import Progress, Trainer
-from trainer.stages import NextTokenConfig, build_stage
+from trainer.verify.learning import preparation, stage_of
 from trainer.verify.rows import MadeUpRows
 
 
@@ -93,19 +93,20 @@ def record(cfg: RunConfig, groups: Groups) -> Record:
     found.start = _ranges(engine, "master")
     watch = _Watch(engine.chunks, groups, groups.place(cfg.parallel), found)
     log = _Numbers(found)
-    assert isinstance(cfg.stage, NextTokenConfig)
-    made_up: Any = MadeUpRows(cfg.data, cfg.model.vocab_size, cfg.stage.loss_on == "all")
+    stage, rows = stage_of(cfg, groups), MadeUpRows(cfg.data, cfg.model.vocab_size, cfg.stage)
+    made_up: Any = rows
     trainer = Trainer(
         cfg=cfg,
         groups=groups,
         engine=engine,
-        stage=build_stage(cfg.stage, len(MadeUpRows.channels)),
+        stage=stage,
         routers=RouterBook(engine.chunks, len(MadeUpRows.channels)),
         data=made_up,
         log=log,
         flops=_no_flops,
         save=functools.partial(_state_after, cfg, engine, watch, log, found),
         total_steps=cfg.run.steps or 0,
+        prepare=preparation(cfg, groups, stage, engine, rows, UnevenSource(cfg.model, cfg.run.seed + 1)),
     )
     trainer.run(Progress())
     return found
@@ -218,8 +219,10 @@ class _Watch:
 
     def _output(self, name: str, module: Any, args: Any, output: Any) -> None:
         if self.batch >= 0:
-            # A norm also gives how to make it again; the head gives the loss, and that of each token.
-            self._keep(name, output[1 if name == "head" else 0] if isinstance(output, tuple) else output)
+            # A norm also gives how to make it again; the head gives the loss, and that of each token, or the
+            # log-probability of each, and the entropy.
+            several = isinstance(output, tuple)
+            self._keep(name, output[int(output[0].dim() == 0)] if several else output)
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         values = values.detach().cpu().clone()

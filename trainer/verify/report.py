@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.config import RunConfig
+from trainer.stages import DpoConfig
 from trainer.verify.cause import likely_cause
 from trainer.verify.compare import INPUTS, TOLERANCE, Comparison, Difference
 from trainer.verify.shrink import Small
@@ -29,10 +30,12 @@ def introduction(cfg: RunConfig, small: Small) -> str:
     words += [f"recompute {engine.recompute}"] if engine.recompute != "none" else []
     data = small.cfg.data
     micro = data.global_batch_rows // (data.micro_batch_rows * dp)
+    loss = f" with loss={cfg.stage.loss}" if isinstance(cfg.stage, DpoConfig) else ""
     changes = ", ".join(small.changes) or "nothing, it is small already"
     return (
         f"{cfg.model.family} with {', '.join(words)}: {small.world} processes against one, fp32 on the CPU, "
-        f"{small.cfg.run.steps} steps of {micro} x {data.micro_batch_rows} made-up rows.\n"
+        f"{small.cfg.run.steps} steps of stage={cfg.stage.name}{loss}, {micro} x {data.micro_batch_rows} made-up rows "
+        "each.\n"
         f"Shrunk: {changes}."
     )
 

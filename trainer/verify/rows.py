@@ -1,5 +1,5 @@
 """Made-up training rows that a layout cannot treat evenly: documents of 1 token to a whole row, few targets in some,
-channels that most rows do not have."""
+channels that most rows do not have. For preferences pairs or judged answers, for a policy samples with advantages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import numpy as np
 
 from data.batch import Document, MicroBatch, Row, collate, empty_micro_batch, split_ragged, split_rows
 from data.config import DataConfig
+from data.mismatched import dealt, mismatched
+from trainer.config import shares_prompts
+from trainer.stages import NextTokenConfig, PolicyConfig, StageConfig
 
 CHANNELS = ("most", "some", "rare")
 EVAL_ROWS = 3
 _EVAL_SEED = 2**20
+_MOST = 8
+"""More documents, or pairs, than a row has."""
 
 
 class MadeUpRows:
@@ -21,13 +26,15 @@ class MadeUpRows:
     Args:
         cfg: the data section; its sources are not read.
         vocab: ids are below it.
-        all_learn: every token is learnt, as in pretraining; else some, as in fine-tuning.
+        stage: says what is learnt, and what has to be known of tokens and documents besides.
     """
 
     channels = CHANNELS
+    look = None
 
-    def __init__(self, cfg: DataConfig, vocab: int, all_learn: bool) -> None:
-        self.cfg, self.vocab, self.all_learn = cfg, vocab, all_learn
+    def __init__(self, cfg: DataConfig, vocab: int, stage: StageConfig) -> None:
+        self.cfg, self.vocab, self.stage = cfg, vocab, stage
+        self.share = "pair" if shares_prompts(stage) else None
 
     def global_batch(self, position: int, rows: int) -> list[Row]:
         """The rows of one step, the same at every layout."""
@@ -41,18 +48,33 @@ class MadeUpRows:
     def eval_batches(self, rank: int, world: int, micro_batch_rows: int) -> list[MicroBatch]:
         """A rank's share of the held-out rows; they do not divide evenly."""
         mine = split_ragged(self.global_batch(_EVAL_SEED, EVAL_ROWS), rank, world, micro_batch_rows)
-        return [self._micro_batch(part) if part else empty_micro_batch() for part in mine]
+        return [self._micro_batch(part) for part in mine]
+
+    def mismatched_batches(
+        self, rows: Sequence[Row] | None, rank: int, world: int, micro_batch_rows: int
+    ) -> list[MicroBatch]:
+        """A rank's share of the answers to other prompts of some rows, None: of those held out."""
+        rows = self.global_batch(_EVAL_SEED, EVAL_ROWS) if rows is None else rows
+        documents = [doc for row in rows for doc in self.row(row.pieces[0])]
+        return dealt(mismatched(documents, self.cfg.seq_len), self.cfg.seq_len, rank, world, micro_batch_rows)
 
     def _micro_batch(self, rows: Sequence[Row]) -> MicroBatch:
-        return collate([doc for row in rows for doc in self.row(row.pieces[0])])
+        if not rows:
+            like = self.row(0)[0]
+            return empty_micro_batch(tuple(like.facts), tuple(like.token_facts))
+        return collate([doc for row in rows for doc in self.row(row.pieces[0])], self.share)
 
     def row(self, number: int) -> list[Document]:
         """Row ``number`` of the run, as long as data.seq_len or shorter."""
         random = np.random.default_rng([11, number])
-        return [
-            Document(random.integers(0, self.vocab, size=n), self._learns(n, random), self._channel(number))
-            for n in self._lengths(number, random)
-        ]
+        if self.stage.learns_from == "preference":
+            return self._pairs(number, random)
+        if isinstance(self.stage, NextTokenConfig):
+            return [
+                Document(random.integers(0, self.vocab, size=n), self._learns(n, random), self._channel(number))
+                for n in self._lengths(number, random)
+            ]
+        return [self._answer(number, i, max(n, 2), random) for i, n in enumerate(self._lengths(number, random))]
 
     def _lengths(self, number: int, random: np.random.Generator) -> list[int]:
         space = self.cfg.seq_len
@@ -66,11 +88,42 @@ class MadeUpRows:
 
     def _learns(self, length: int, random: np.random.Generator) -> np.ndarray:
         learn = np.ones(length, dtype=bool)
-        if not self.all_learn:
+        if not (isinstance(self.stage, NextTokenConfig) and self.stage.loss_on == "all"):
             learn[: random.integers(1, max(length - 1, 2))] = False
             learn[random.random(length) < 0.2] = False
             learn[-1] = True
         return learn
+
+    def _answer(self, number: int, which: int, length: int, random: np.random.Generator) -> Document:
+        """A judged answer, or a sample of a policy; the log-probabilities are those of an even guess, more or less."""
+        tokens, learn = random.integers(0, self.vocab, size=length), self._learns(length, random)
+        if not isinstance(self.stage, PolicyConfig):
+            return Document(tokens, learn, self._channel(number), {"label": float((number + which) % 2)})
+        facts = {"advantage": np.full(length, random.normal())}
+        names = [
+            "generated",
+            *(["old"] if self.stage.moves else []),
+            *(["reference"] if self.stage.kl == "loss" else []),
+        ]
+        for name in names:
+            facts[name] = random.normal(-np.log(self.vocab), 0.3, size=length)
+        return Document(tokens, learn, self._channel(number), {}, facts)
+
+    def _pairs(self, number: int, random: np.random.Generator) -> list[Document]:
+        """Pairs that fill the row or leave some of it, the prompt at least a token, and so each answer."""
+        found: list[Document] = []
+        space, channel = self.cfg.seq_len, self._channel(number)
+        while space >= 4 and len(found) < 2 * 3:
+            each = space // 2 if number % 4 == 1 else int(random.integers(2, space // 2 + 1))
+            prompt = random.integers(0, self.vocab, size=random.integers(1, each))
+            facts = {"pair": float(_MOST * number + len(found) // 2), "margin": float(random.random())}
+            for side in (0, 1):
+                length = each if side == 0 else int(random.integers(len(prompt) + 1, each + 1))
+                answer = random.integers(0, self.vocab, size=length - len(prompt))
+                learn = np.arange(length) >= len(prompt)
+                found.append(Document(np.concatenate([prompt, answer]), learn, channel, {"side": float(side), **facts}))
+                space -= length
+        return found
 
     def _channel(self, number: int) -> int:
         return 2 if number % 7 == 3 else 1 if number % 3 == 2 else 0

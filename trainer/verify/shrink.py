@@ -12,7 +12,7 @@ from parallel.config import ParallelConfig
 from parallel.context import context_problems
 from parallel.schedules import next_micro_batches
 from trainer.config import RunConfig
-from trainer.stages import NextTokenConfig
+from trainer.stages import DpoConfig, PolicyConfig, PpoConfig, StageConfig
 
 STEPS = 3
 MOST_PROCESSES, CHEAP_PROCESSES = 8, 4
@@ -87,7 +87,7 @@ def shrunk(cfg: RunConfig, world: int) -> Small:
     small = dataclasses.replace(
         cfg,
         model=model,
-        stage=cfg.stage if isinstance(cfg.stage, NextTokenConfig) else NextTokenConfig(),
+        stage=_own_weights(cfg.stage),
         parallel=parallel,
         engine=dataclasses.replace(cfg.engine, precision="fp32", attention=attention, loss_chunk=LOSS_CHUNK),
         data=dataclasses.replace(
@@ -110,6 +110,13 @@ def shrunk(cfg: RunConfig, world: int) -> Small:
     return Small(small, world, tuple(_changes(cfg, small)))
 
 
+def _own_weights(stage: StageConfig) -> StageConfig:
+    """The stage with a reference of made-up weights, asked in every step."""
+    if isinstance(stage, DpoConfig):
+        return dataclasses.replace(stage, reference=None, precompute_reference=False)
+    return stage
+
+
 def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, shorter: float) -> ModelConfig:
     """A small model of the same family and options that the layout cuts in the same way.
 
@@ -129,7 +136,6 @@ def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, s
     )
     return dataclasses.replace(
         model,
-        head="lm",
         vocab_size=min(model.vocab_size, VOCABULARY // tp * tp + model.vocab_size % tp),
         hidden_size=hidden,
         intermediate_size=feed_forward,
@@ -245,8 +251,14 @@ NAMES = {
 
 
 def _changes(cfg: RunConfig, small: RunConfig) -> Iterator[str]:
-    if small.stage != cfg.stage:
-        yield f"stage {cfg.stage.name} -> next-token training, which has the same layout"
+    if isinstance(cfg.stage, PolicyConfig):
+        yield "rollouts and rewards -> made-up samples and advantages, of which the policy's update alone is checked"
+    if isinstance(cfg.stage, PpoConfig):
+        yield "no critic"
+    if isinstance(cfg.stage, DpoConfig) and cfg.stage.precompute_reference and cfg.stage.needs_reference:
+        yield "the reference is asked in every step"
+    if cfg.adapter is not None:
+        yield f"adapter {cfg.adapter.name} -> none, all weights are trained"
     for key, word in NAMES.items():
         old, new = _value(cfg.model, key), _value(small.model, key)
         if old != new:
