@@ -5,6 +5,7 @@ Legend: P rows of hidden states, all sequences (tiles, windows) one after anothe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,14 @@ def self_attention(qkv: torch.Tensor, heads: int, seen: Seen) -> torch.Tensor:
         return cpu_attention(qkv, seen.cos_PK, seen.sin_PK, heads, heads, dim, seen.pieces, causal=False)
     if seen.cos_PK is not None and seen.sin_PK is not None:
         qkv = rotate_qk(qkv, seen.cos_PK, seen.sin_PK, 2 * heads * dim, dim)
+    return sequence_attention(qkv, heads, seen.pieces)
+
+
+def sequence_attention(qkv: torch.Tensor, heads: int, pieces: Sequence[Piece]) -> torch.Tensor:
+    """Through torch's public function, for devices other than the CPU: q | k | v, turned already."""
+    dim = qkv.shape[1] // (3 * heads)
     outs = []
-    for piece in seen.pieces:
+    for piece in pieces:
         rows = qkv[piece.q_start : piece.q_stop].view(piece.docs, -1, 3, heads, dim)
         q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v)
@@ -89,7 +96,8 @@ class Layers(nn.ModuleList):
             keep_all(idle)
 
     def run(self, x: torch.Tensor, seen: list[Seen]) -> torch.Tensor:
-        """[P, D] -> [P, D], `seen` layer by layer."""
+        """[P, D] -> fp32 [P, D], as the decoder's rows between layers are; `seen` layer by layer."""
+        x = x.float()
         for layer, own in zip(list(self)[: self.runs], seen, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 again: Any = checkpoint(layer, x, own, use_reentrant=False, preserve_rng_state=False)

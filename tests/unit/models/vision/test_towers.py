@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from models.blocks.pieces import pieces_of
 from models.vision.config import (
     ImageConfig,
     ProjectorConfig,
     VisionConfig,
 )
 from models.vision.eyes import build_eyes
+from models.vision.tower_layers import Seen, self_attention, sequence_attention
 from parallel.sharding import SINGLE, Cut, is_kept, is_partial, shard_of
 from tests.pool import Pool
 from tests.tower_cases import CASES, looked, looked_in_pool, patches_of, tower_of
@@ -25,6 +27,32 @@ def test_recompute_changes_no_bit(name: str) -> None:
     assert plain["grads"].keys() == again["grads"].keys()
     for key, grad in plain["grads"].items():
         assert torch.equal(grad, again["grads"][key]) if grad is not None else again["grads"][key] is None, key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_stays_near(name: str) -> None:
+    """Under autocast features and gradients are within 5 % of the fp32 ones (in norm), rows between layers fp32."""
+    plain = looked(CASES[name], SINGLE)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = looked(CASES[name], SINGLE, recompute=True)
+    normed = CASES[name].cfg.norms_features
+    assert low["features"].dtype is (torch.bfloat16 if normed else torch.float32)
+    for key, found in {**low["grads"], "features": low["features"]}.items():
+        expected = plain["features"] if key == "features" else plain["grads"][key]
+        if found is not None and expected.norm() > 1e-3:
+            assert (found.float() - expected).norm() < 0.05 * expected.norm(), key
+
+
+def test_attention_of_other_devices_equals_that_of_the_cpu() -> None:
+    """Sequences of different lengths in runs: outputs and gradients to 1e-5."""
+    heads, pieces = 2, pieces_of([0, 3, 6, 11, 12], None, torch.device("cpu"))
+    qkv = torch.randn(12, 3 * heads * 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    seed = torch.randn(12, heads * 8, generator=torch.Generator().manual_seed(2))
+    found = []
+    for out in (self_attention(qkv * 1.0, heads, Seen(pieces)), sequence_attention(qkv, heads, pieces)):
+        found.append((out, torch.autograd.grad(out, qkv, seed)[0]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
