@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from parallel.engine import Engine
+from parallel.nf4 import Nf4, four_bits
 from parallel.sharding import REPLICATED, WHOLE, Cut, is_idle, shard_of
 from parallel.state import is_tied_copy
 
@@ -16,12 +17,18 @@ from parallel.state import is_tied_copy
 @dataclass(frozen=True)
 class LivePiece:
     """A range of one parameter's (or buffer's) local part. ``start`` counts elements of the flattened part, which is
-    what the parameter's `shard` gives at `cut`; ``values`` is a 1-D view that follows the training."""
+    what the parameter's `shard` gives at `cut`."""
 
     name: str
     cut: Cut
     start: int
-    values: torch.Tensor
+    held: torch.Tensor | Nf4
+    """A 1-D view that follows the training, or what is kept in 4 bits."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The elements, 1-D; of a weight in 4 bits made anew."""
+        return self.held.dense(torch.float32).view(-1) if isinstance(self.held, Nf4) else self.held
 
 
 def live_pieces(engine: Engine, column: bool) -> Iterator[LivePiece]:
@@ -46,7 +53,7 @@ def live_pieces(engine: Engine, column: bool) -> Iterator[LivePiece]:
             if start < whole:  # the last rank's share ends in padding
                 yield LivePiece(name, cut, start, partition.detach().view(-1)[: whole - start])
         elif column or (groups.expert_data if shard.experts and groups.ep.size > 1 else groups.data).rank == 0:
-            yield LivePiece(name, cut, 0, param.detach().view(-1))
+            yield LivePiece(name, cut, 0, four_bits(param) or param.detach().view(-1))
     if groups.tp.rank == 0 and (column or groups.data.rank == 0):
         for name, buffer in engine.state.buffers:
             yield LivePiece(name, REPLICATED.own(WHOLE), 0, buffer.view(-1))

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 BLOCK = 64
+_KEY = "four_bits"
 
 
 def available() -> bool:
@@ -21,7 +23,8 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Nf4:
-    """A weight [O, I] in 4 bits; I is a multiple of 64, so that a part of its rows or columns has the same codes."""
+    """A weight [O, I] or stacked ones [E, O, I] in 4 bits; I is a multiple of 64, so that a part of the rows or columns
+    has the same codes."""
 
     codes: torch.Tensor
     state: Any
@@ -31,12 +34,12 @@ class Nf4:
         """The weight packed."""
         from bitsandbytes.functional import quantize_4bit  # half a second to import
 
-        assert weight.shape[1] % BLOCK == 0, f"{tuple(weight.shape)} does not fall into blocks of {BLOCK} in a row"
+        assert weight.shape[-1] % BLOCK == 0, f"{tuple(weight.shape)} does not fall into blocks of {BLOCK} in a row"
         codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
         return Nf4(codes, state)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [O, I] that the codes mean."""
+        """The weight that the codes mean."""
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self.codes, self.state).to(dtype)
@@ -45,3 +48,16 @@ class Nf4:
     def bytes(self) -> int:
         """Memory of codes and factors."""
         return self.codes.numel() * self.codes.element_size() + self.state.absmax.numel() * 4
+
+
+def pack_(weight: nn.Parameter) -> Nf4:
+    """Put a frozen parameter into 4 bits. It is empty from then on, and `four_bits` knows its values."""
+    packed = Nf4.of(weight.detach())
+    weight.data = weight.data.new_empty(0)
+    vars(weight)[_KEY] = packed
+    return packed
+
+
+def four_bits(weight: torch.Tensor) -> Nf4 | None:
+    """What a parameter is kept as; None where it is itself."""
+    return vars(weight).get(_KEY)

@@ -125,8 +125,6 @@ def _four_bits(cfg: RunConfig, adapter: LoraConfig) -> Iterator[Problem]:
     if cfg.engine.zero == 3:
         reason = "engine.zero=3 shards weights, and those in 4 bits are whole on every process"
         yield Problem(key, value, reason, f"engine.zero=2 or {way}")
-    if cfg.stage.name in ("ppo", "grpo"):
-        yield Problem(key, value, "the generator reads the weights that are trained, and not in 4 bits", way)
     for layer in sample(cfg.model):
         inputs = layer.inputs // cfg.parallel.tp if layer.row else layer.inputs
         if inputs % BLOCK:

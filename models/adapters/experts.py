@@ -17,7 +17,7 @@ from parallel.layers import parameter
 from parallel.low_rank import Packed
 from parallel.low_rank_experts import frozen_experts
 from parallel.matmul import Again
-from parallel.nf4 import Nf4
+from parallel.nf4 import Nf4, pack_
 from parallel.sharding import Place, Shard, shard_of
 from parallel.switch import Switch
 
@@ -69,9 +69,7 @@ class AdaptedExperts(Experts):
         """Called when the weights were filled: puts them into 4 bits where they are to be."""
         if self.adapter.nf4:
             for kind in KINDS:
-                weight: nn.Parameter = getattr(self, kind)
-                self.adapter.packed[kind] = Nf4.of(weight.detach())
-                weight.data = weight.data.new_empty(0)
+                self.adapter.packed[kind] = pack_(getattr(self, kind))
 
     def _weight(self, kind: str) -> torch.Tensor | Packed:
         return self.adapter.packed.get(kind) or getattr(self, kind)

@@ -15,7 +15,7 @@ from parallel.dropout import Dropout
 from parallel.layers import ColumnLinear, RowLinear, parameter
 from parallel.low_rank import Beside, Packed, frozen_linear
 from parallel.matmul import Again
-from parallel.nf4 import Nf4
+from parallel.nf4 import Nf4, pack_
 from parallel.sharding import REPLICATED, SINGLE, Place, Shard, keep, shard_of
 from parallel.switch import Switch
 
@@ -139,8 +139,7 @@ class _Adapted(nn.Module):
     def pack(self) -> None:
         """Called when the weight was filled: puts it into 4 bits where it is to be."""
         if self.adapter.nf4:
-            self.adapter.packed = Nf4.of(self.weight.detach())
-            self.weight.data = self.weight.data.new_empty(0)
+            self.adapter.packed = pack_(self.weight)
 
 
 class AdaptedColumn(_Adapted, ColumnLinear):

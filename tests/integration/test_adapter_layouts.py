@@ -25,6 +25,7 @@ DROPPED = dataclasses.replace(LORA, dropout=0.3)
 WIDE = dataclasses.replace(DEEP, hidden_size=64, intermediate_size=128, head_dim=16)
 MOE = dataclasses.replace(DEEP, family="mixtral", moe=MoEConfig(4, 2, 48, capacity=1.25))
 EXPERTS = dataclasses.replace(LORA, targets=("v_proj", "experts.gate_up_proj", "experts.down_proj"))
+QMOE = dataclasses.replace(WIDE, family="mixtral", num_layers=2, head_dim=32, moe=MoEConfig(4, 2, 128))
 QLORA = dataclasses.replace(LORA, base="nf4")
 SP: dict[str, Any] = {"sequence_parallel": True}
 ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
@@ -50,6 +51,7 @@ ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
     (MOE, EXPERTS, 2, {"zero": 3, "micro_rows": 2}),
     (MOE, EXPERTS, 4, {"ep": 2, "pp": 2, "micro_rows": 2, "zero": 0}),
     (dataclasses.replace(WIDE, head_dim=32), QLORA, 2, {"tp": 2, **SP, "zero": 2}),
+    (QMOE, dataclasses.replace(EXPERTS, base="nf4"), 4, {"tp": 2, **SP, "ep": 2, "zero": 2, "micro_rows": 2}),
 ]
 
 

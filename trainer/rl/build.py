@@ -12,6 +12,7 @@ import models
 from convert.source import Source
 from data.peers import Peers
 from models.adapters.attach import attach
+from models.adapters.config import LoraConfig
 from models.config import ModelConfig
 from models.generation import Generator, GeneratorConfig
 from models.generation.text import Tokenizer
@@ -132,13 +133,15 @@ def _from_folder(folder: str, model: ModelConfig, seed: int = 0) -> Source:
 
 
 def make_weights(cfg: RunConfig, engine: Engine, groups: Groups, timeout_s: float) -> GeneratorWeights | TrainedItself:
-    """The policy for generation, filled. In low precision the generator has weights of that type."""
+    """The policy for generation, filled. In low precision the generator has weights of that type; of a base in 4 bits
+    it has a copy in full."""
     tp = cfg.rollout.tp or generator_tp(cfg, engine, groups)
     if generates(engine, tp):
         return TrainedItself(engine)
     model = models.build(cfg.model, Place(tp=neighbours(groups, tp, timeout_s)))
     if cfg.adapter is not None:
-        attach(model, cfg.adapter)
+        lora = isinstance(cfg.adapter, LoraConfig)
+        attach(model, dataclasses.replace(cfg.adapter, base="fp32") if lora else cfg.adapter)
     weights = GeneratorWeights(engine, model, AUTOCAST.get(cfg.engine.precision, torch.float32))
     weights.fill()
     return weights

@@ -110,6 +110,8 @@ def _server(cfg: RunConfig) -> list[Problem]:
     if not isinstance(adapter, LoraConfig) or adapter.dora:
         kind = "dora" if isinstance(adapter, LoraConfig) else adapter.name
         reason = f"a vLLM server takes whole models and plain LoRA adapters, none of kind {kind}"
+    elif adapter.base == "nf4":
+        reason = "the server has the base's full weights, and the policy those in 4 bits"
     elif any(name.startswith("experts.") for name in adapter.targets):
         reason = "a vLLM server is given no adapters of experts"
     elif cfg.init_from is None:

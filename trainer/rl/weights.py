@@ -16,6 +16,7 @@ from torch import nn
 from models.decoder import Decoder
 from parallel.engine import Engine
 from parallel.materialise import fill_
+from parallel.nf4 import four_bits
 from parallel.sharding import shard_of
 from trainer.rl.whole import WholeWeights
 
@@ -40,9 +41,14 @@ def generates(engine: Engine, tp: int) -> bool:
     """Whether the model that is trained can be used as it is by a generator on so many tp ranks."""
     groups = engine.groups
     whole = groups.pp.size == groups.cp.size == groups.ep.size == 1 and engine.cfg.zero != 3
-    if not whole or groups.tp.size != tp or engine.cfg.precision != "fp32":
+    if not whole or groups.tp.size != tp or engine.cfg.precision != "fp32" or in_four_bits(engine):
         return False
     return isinstance(engine.model, Decoder) and not engine.model.place.splits_rows
+
+
+def in_four_bits(engine: Engine) -> bool:
+    """Whether the model that is trained has weights in 4 bits; a generator has them in full."""
+    return any(four_bits(param) is not None for _, param in engine.named_parameters())
 
 
 class GeneratorWeights:
@@ -59,6 +65,7 @@ class GeneratorWeights:
         groups = engine.groups
         dealt_out = engine.cfg.zero == 3 or groups.ep.size > 1
         same_cut = groups.tp.size == model.place.tp.size and groups.tp.rank == model.place.tp.rank
+        same_cut = same_cut and not in_four_bits(engine)
         self.shared = dtype == torch.float32 and groups.pp.size == 1 and not dealt_out and same_cut
         """Whether the generator reads the very weights that are trained."""
         self._shapes = {name: shard_of(p).whole_shape(p.shape) for name, p in model.named_parameters()}

@@ -28,12 +28,12 @@ class WholeWeights:
         self._axis_group = groups.model.group if self._column else dist.group.WORLD
         self._rank = groups.model.rank if self._column else groups.rank
         self._size = groups.model.size if self._column else groups.world
-        self._mine: dict[tuple[str, int], torch.Tensor] = {}
+        self._mine: dict[tuple[str, int], LivePiece] = {}
         self._ranges = self._told()
 
     def begin(self) -> None:
         """Look up what this rank gives; to be called after updates, before the first tensor is asked for."""
-        self._mine = {(each.name, each.start): each.values for each in self._pieces()}
+        self._mine = {(each.name, each.start): each for each in self._pieces()}
 
     def end(self) -> None:
         """Let go of it."""
@@ -49,7 +49,7 @@ class WholeWeights:
             for giver, _, start, numel in (each for each in ranges if each[1] == cut):
                 values = part.view(-1)[start : start + numel]
                 if giver == self._rank:
-                    values.copy_(self._mine[name, start])
+                    values.copy_(self._mine[name, start].values)
                 if self._size > 1:
                     dist.broadcast(values, group=self._axis_group, group_src=giver)
             if len(cuts) > 1:

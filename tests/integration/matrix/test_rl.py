@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,22 @@ def test_a_layout_learns_as_one_process(
     _same_training(expected, found[0])
 
 
-def test_an_adapter_learns_and_writes_as_in_one_process(pool: Callable[[int], Pool]) -> None:
-    """The generator has the adapter too, and without it the policy is its own reference."""
-    given = {"adapter": LoraConfig(rank=4), "steps": 2}
-    expected = pool(1).run(rl_cases.rl_steps, GRPO, model_of("llama_deep"), ParallelConfig(), **given)[0]
-    found = pool(2).run(rl_cases.rl_steps, GRPO, model_of("llama_deep"), ParallelConfig(pp=2), **given)[0]
+EXPERTS = LoraConfig(rank=4, targets=("v_proj", "experts.gate_up_proj", "experts.down_proj"))
+ADAPTERS = [
+    ("llama_deep", {}, LoraConfig(rank=4), {"pp": 2}),
+    ("llama_deep", {"intermediate_size": 128, "num_layers": 2}, LoraConfig(rank=4, base="nf4"), {"pp": 2}),
+    ("mixtral", {}, EXPERTS, {"ep": 2}),
+]
+
+
+@pytest.mark.parametrize("row", ADAPTERS, ids=["lora", "nf4", "experts"])
+def test_an_adapter_learns_and_writes_as_in_one_process(row: Any, pool: Callable[[int], Pool]) -> None:
+    """The generator has the adapter too, and without it the policy is its own reference. Of a base in 4 bits the
+    generator has the weights that the codes mean."""
+    name, changes, adapter, layout = row
+    model, given = dataclasses.replace(model_of(name), **changes), {"adapter": adapter, "steps": 2}
+    expected = pool(1).run(rl_cases.rl_steps, GRPO, model, ParallelConfig(), **given)[0]
+    found = pool(2).run(rl_cases.rl_steps, GRPO, model, ParallelConfig(**layout), **given)[0]
     assert found["texts"] == expected["texts"]
     _same_training(expected, found)
     before, after = (metrics["train/kl"] for metrics in expected["metrics"])

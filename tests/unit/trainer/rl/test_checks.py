@@ -99,6 +99,7 @@ def test_a_server_cannot_be_given_every_adapter() -> None:
     for adapter, reason in (
         (Ia3Config(), "none of kind ia3"),
         (LoraConfig(dora=True), "none of kind dora"),
+        (LoraConfig(base="nf4"), "those in 4 bits"),
         (LoraConfig(targets=("experts.down_proj",)), "no adapters of experts"),
         (LoraConfig(), "fresh random weights"),
     ):
