@@ -34,6 +34,9 @@ def vision_problems(cfg: VisionConfig) -> list[Problem]:
         ways = ("fixed, anyres or tiles", "native")
         reason = f"is not for a tower of kind {cfg.tower.kind}: {size}"
         found.append(("vision.images.mode", cfg.images.mode, reason, f"model.vision.images.mode={ways[not native]}"))
+    if cfg.tower.keep_class and (cfg.connector.block > 1 or cfg.connector.name == "resampler"):
+        reason = f"is a feature at no place, and the connector {cfg.connector.name} asks where each one is"
+        found.append(("vision.tower.keep_class", True, reason, "model.vision.tower.keep_class=false"))
     return found + [
         (f"vision.images.{key}", value, reason, f"model.vision.images.{way}")
         for key, value, reason, way in image_problems(cfg)

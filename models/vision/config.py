@@ -246,7 +246,8 @@ class VisionConfig:
     @property
     def shared(self) -> list[tuple[str, int]]:
         """Sizes of which every tp rank takes an equal share."""
-        return self.tower.shared
+        cut = [key for key in ("num_heads", "intermediate_size") if hasattr(self.connector, key)]
+        return self.tower.shared + [(f"connector.{key}", getattr(self.connector, key)) for key in cut]
 
     @property
     def features_per_tile(self) -> int | None:

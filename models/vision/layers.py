@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from models.blocks.mlp import swiglu
 from models.blocks.norm import rms_norm
-from parallel.collectives import copy_to, leave, reduce_from
+from parallel.collectives import copy_to, reduce_from
 from parallel.layers import ColumnLinear, RowLinear, parameter
-from parallel.matmul import Again, compute_dtype, linear
+from parallel.matmul import compute_dtype, linear
 from parallel.sharding import REPLICATED, Place, Shard
 
 QK_EPS = 1e-6
@@ -104,33 +104,28 @@ class Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
-class ScaledRowLinear(RowLinear):
-    """A row layer whose output is scaled, number by number, before it joins the residual (LayerScale, InternViT).
+class LayerScale(nn.Module):
+    """residual + weight * x, number by number (InternViT).
 
     Source: Touvron et al. 2021, Going deeper with image transformers.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, init: str, place: Place) -> None:
-        super().__init__(inputs, outputs, bias, init, place)
-        self.scale = parameter((outputs,), REPLICATED, "ones", place)
+    def __init__(self, dim: int, place: Place) -> None:
+        super().__init__()
+        self.weight = parameter((dim,), REPLICATED, "ones", place)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, again: Again | None = None) -> torch.Tensor:
-        if self.place.tp.size == 1:
-            out = linear(x, self.weight, self.bias, again=again)
-        else:
-            out = leave(linear(x, self.weight, again=again), self.place)
-            out = out if self.bias is None else out + self.bias
-        return torch.addcmul(residual, out, self.scale.to(out.dtype))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(residual, x, self.weight.to(x.dtype))
 
 
 class FeedForward(nn.Module):
     """down(activation(up(x))) + residual, both with biases, cut over tp in between."""
 
-    def __init__(self, dim: int, inner: int, activation: str, place: Place, row: type[RowLinear] = RowLinear) -> None:
+    def __init__(self, dim: int, inner: int, activation: str, place: Place) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.up = ColumnLinear(dim, (inner,), True, "normal", place)
-        self.down = row(inner, dim, True, "normal_residual", place)
+        self.down = RowLinear(inner, dim, True, "normal_residual", place)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.down(self.activation(self.up(x)), residual)

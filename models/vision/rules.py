@@ -73,10 +73,10 @@ def _intern(cfg: TowerConfig, ours: str, hf: str) -> Iterator[Rule | Unused]:
         for part in ("q", "k") if cfg.qk_norm else ():
             yield Rename(f"{own}qk_norm.{part}", f"{theirs}attention.{part}_norm.weight")
         yield from _renamed(f"{own}out", f"{theirs}attention.projection_layer")
-        yield Rename(f"{own}out.scale", f"{theirs}lambda_1")
+        yield Rename(f"{own}attn_scale.weight", f"{theirs}lambda_1")
         yield from _renamed(f"{own}mlp_norm", f"{theirs}layernorm_after", norm)
         yield from _two_layers(own, theirs)
-        yield Rename(f"{own}mlp.down.scale", f"{theirs}lambda_2")
+        yield Rename(f"{own}mlp_scale.weight", f"{theirs}lambda_2")
     if cfg.has_norm:
         yield from _renamed(f"{ours}norm", f"{hf}layernorm")
 

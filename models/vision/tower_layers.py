@@ -18,7 +18,7 @@ from models.blocks.pieces import Piece
 from models.blocks.rope import rotate_qk
 from models.blocks.sdpa_cpu import cpu_attention
 from models.vision.config import TowerConfig
-from models.vision.layers import FeedForward, GatedFeedForward, LayerNorm, QKNorm, RMSNorm, ScaledRowLinear
+from models.vision.layers import FeedForward, GatedFeedForward, LayerNorm, LayerScale, QKNorm, RMSNorm
 from parallel.layers import ColumnLinear, RowLinear
 from parallel.sharding import Place, keep
 
@@ -67,23 +67,29 @@ class Layer(nn.Module):
         super().__init__()
         self.heads = cfg.num_heads // place.tp.size
         dim, inner = cfg.hidden_size, cfg.intermediate_size
-        row = ScaledRowLinear if cfg.kind == "intern" else RowLinear
         self.attn_norm, self.mlp_norm = (tower_norm(cfg, place) for _ in range(2))
         self.qkv = ColumnLinear(dim, (dim, dim, dim), cfg.qkv_bias, "normal", place, (cfg.num_heads,) * 3)
         self.qk_norm = QKNorm(dim, cfg.num_heads, place) if cfg.qk_norm else None
-        self.out = row(dim, dim, True, "normal_residual", place)
+        self.out = RowLinear(dim, dim, True, "normal_residual", place)
         self.mlp = (
             GatedFeedForward(dim, inner, place)
             if cfg.kind == "qwen2_5_vl"
-            else FeedForward(dim, inner, cfg.activation, place, row)
+            else FeedForward(dim, inner, cfg.activation, place)
         )
+        scales = cfg.kind == "intern"
+        self.attn_scale, self.mlp_scale = (LayerScale(dim, place) if scales else None for _ in range(2))
 
     def forward(self, x: torch.Tensor, seen: Seen) -> torch.Tensor:
         qkv = self.qkv(self.attn_norm(x))
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
-        x = self.out(self_attention(qkv, self.heads, seen), x)
-        return self.mlp(self.mlp_norm(x), x)
+        attended = self_attention(qkv, self.heads, seen)
+        if self.attn_scale is None or self.mlp_scale is None:
+            x = self.out(attended, x)
+            return self.mlp(self.mlp_norm(x), x)
+        nothing = torch.zeros_like(x)  # row layers add the residual themselves, and it is not scaled
+        x = self.attn_scale(self.out(attended, nothing), x)
+        return self.mlp_scale(self.mlp(self.mlp_norm(x), nothing), x)
 
 
 class Layers(nn.ModuleList):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from data.config import DataConfig
 from models import ModelConfig
-from models.vision.config import ImageConfig, MergerConfig, ProjectorConfig, TowerConfig, VisionConfig
+from models.vision.config import (
+    ImageConfig,
+    MergerConfig,
+    ProjectorConfig,
+    QFormerConfig,
+    ResamplerConfig,
+    ShuffleConfig,
+    TowerConfig,
+    VisionConfig,
+)
 from parallel.config import EngineConfig, ParallelConfig
 from tests.tower_cases import CASES
 from trainer.layout_rules import Layout, broken
@@ -56,7 +65,7 @@ BAD: list[tuple[TowerConfig, int, dict[str, Any], str, str, str]] = [
 
 @pytest.mark.parametrize("cfg, block, change, key, reason, way", BAD)
 def test_problems(cfg: TowerConfig, block: int, change: dict[str, Any], key: str, reason: str, way: str) -> None:
-    ((found, value, why, out),) = dataclasses.replace(cfg, **change).problems(block)
+    ((found, value, why, out),) = replace(cfg, **change).problems(block)
     assert (found, value) == (key, list(change[key]) if key == "full_layers" and cfg is QWEN2_5 else change[key])
     assert reason in why and out.endswith(way)
 
@@ -74,19 +83,28 @@ def test_native_pictures_are_for_native_towers(tower: TowerConfig, mode: Any, wa
 
 
 def test_a_towers_problem_is_told_with_its_whole_key() -> None:
-    bad = model(dataclasses.replace(CLIP, num_heads=5), ProjectorConfig(), "fixed")
+    bad = model(replace(CLIP, num_heads=5), ProjectorConfig(), "fixed")
     ((key, _, _, way),) = bad.size_problems()
     assert (key, way) == ("vision.tower.num_heads", "model.vision.tower.num_heads=4")
 
 
+@pytest.mark.parametrize("connector", [ShuffleConfig(), ResamplerConfig(num_heads=4)])
+def test_a_class_token_is_no_place_of_a_picture(connector: Any) -> None:
+    assert model(CLIP, connector, "fixed").size_problems() == []
+    ((key, value, reason, way),) = model(replace(CLIP, keep_class=True), connector, "fixed").size_problems()
+    assert (key, value, way) == ("vision.tower.keep_class", True, "model.vision.tower.keep_class=false")
+    assert f"the connector {connector.name} asks where" in reason
+
+
 def test_tensor_parallel_shares_out_the_heads_of_the_tower() -> None:
-    cfg = model(CLIP, ProjectorConfig(), "fixed")
+    cfg = model(CLIP, QFormerConfig(), "fixed")
     data = DataConfig(sources=(), seq_len=8, micro_batch_rows=1, global_batch_rows=8)
     for tp, told in ((4, False), (8, True)):
         parallel = ParallelConfig(tp=tp)
         faults = [f for f in broken(Layout(cfg, parallel, EngineConfig(), data), tp) if f.key == "parallel.tp"]
         assert bool(faults) == told
-        assert not told or "model.vision.tower.num_heads=4" in faults[0].reason
+        words = "model.vision.tower.num_heads=4, model.vision.connector.num_heads=12"
+        assert not told or words in faults[0].reason
 
 
 def model(tower: TowerConfig, connector: Any, mode: Any) -> ModelConfig:
