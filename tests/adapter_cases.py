@@ -15,6 +15,7 @@ from models.adapters.source import AdapterSource
 from models.adapters.virtual import VirtualSource
 from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.init import InitSource
+from models.routing import RouterBook
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import ALL_DATA
 from parallel.materialise import TensorSource
@@ -102,3 +103,17 @@ def gathered(found: dict[str, torch.Tensor], cfg: ModelConfig, adapter: AdapterC
             return shaped[name]
 
     return trained(Held(), list(shaped), cfg, adapter)  # pyright: ignore[reportArgumentType]
+
+
+def router_tokens(cfg: ModelConfig, adapter: AdapterConfig) -> list[float]:
+    """How many tokens each layer's router counted in one step."""
+    groups = here(ALL_DATA)
+    source = AdapterSource(InitSource(cfg, seed=SEED), cfg, adapter, 5)
+    engine = make_engine(cfg, EngineConfig(), OptimConfig(), groups, source, adapter=adapter)
+    stage, book = NextToken(len(NAMES)), RouterBook(engine.chunks, len(NAMES))
+    batches = my_parts(0, groups, ALL_DATA, 8)
+    (count,) = groups.sum([stage.count(batches)])
+    book.begin(1.0)
+    engine.train_step(batches, stage.forward, count, LR)
+    report = book.finish(lambda tensor: tensor)
+    return [float(layer.tokens_C.sum()) for layer in report.layers.values()]

@@ -184,7 +184,7 @@ def record(cfg: RunConfig) -> dict[str, Any] | None:
     return about
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _fingerprint(init_from: str) -> str:
     """Taken once, at the start: the folder may be gone when the run is saved."""
     return fingerprint(folders.opened(init_from))

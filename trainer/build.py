@@ -55,7 +55,7 @@ def make_engine(
     if adapter is not None:
         for chunk in chunks:
             attach(chunk, adapter, seed)
-            if engine_cfg.zero == 3:
+            if engine_cfg.zero == 3 or model_cfg.moe is not None:
                 ask_for_input_gradients(chunk)
     adamw = functools.partial(_adamw, optim)
     return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, model_cfg.hidden_size, [Layer])

@@ -88,7 +88,8 @@ def _attach_to_experts(model: Decoder, path: str, base: Experts, cfg: LoraConfig
 def ask_for_input_gradients(model: Decoder) -> None:
     """Have the backward go down to the hidden states that enter the first layer, below which nothing is trained.
 
-    DeepSpeed's ZeRO-3 takes the gradients of a layer when that of its input is there, and too early where none is made.
+    Routers count there, in the first layers too. DeepSpeed's ZeRO-3 takes the gradients of a layer when that of its
+    input is there, and too early where none is made.
     """
     if model.embed is not None:
         model.embed.register_forward_hook(lambda module, given, hidden: hidden.requires_grad_())

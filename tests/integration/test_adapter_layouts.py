@@ -86,3 +86,10 @@ def test_a_layout_is_one_process(row: Any, pool: Callable[[int], Pool], referenc
     assert found[0]["norm"] == pytest.approx(expected["norm"], rel=TOLERANCE)
     assert cases.distance(expected["grads"], found[0]["grads"]) < TOLERANCE
     assert cases.distance(expected["weights"], found[0]["weights"]) < TOLERANCE
+
+
+def test_routers_below_what_is_trained_count(pool: Callable[[int], Pool]) -> None:
+    """With adapters on experts alone nothing before the first router has a gradient of its own."""
+    adapter = LoraConfig(rank=4, targets=("experts.down_proj",))
+    tokens = pool(1).run(adapter_cases.router_tokens, MOE, adapter)[0]
+    assert len(set(tokens)) == 1 and tokens[0] > 0

@@ -23,12 +23,12 @@ from parallel.frozen import Frozen
 from parallel.groups import Groups, neighbours
 from parallel.materialise import TensorSource
 from parallel.sharding import Place
-from trainer import folders
+from trainer import adapters, folders
 from trainer.build import WithoutAdapter, fresh_weights, make_engine, make_frozen, weights_of
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
 from trainer.folders import other_model
-from trainer.rl.checks import critic_start, tp_fault
+from trainer.rl.checks import critic_start, critics_view, tp_fault
 from trainer.rl.learner import Learner
 from trainer.rl.packing import Packer
 from trainer.rl.served import ServedAuthor, ServedWeights, server_of
@@ -58,8 +58,8 @@ def make_policy(
 def make_critic(cfg: RunConfig, stage: PpoConfig, groups: Groups, source: TensorSource, channels: int) -> Learner:
     """The critic with its update."""
     optim = dataclasses.replace(cfg.optim, lr=stage.critic_lr or cfg.optim.lr)
-    model = critic_model(cfg, stage)
-    engine = make_engine(model, cfg.engine, optim, groups, source, cfg.parallel, cfg.data.seq_len)
+    seen, sizes = critic_run(cfg, stage), (cfg.parallel, cfg.data.seq_len)
+    engine = make_engine(seen.model, cfg.engine, optim, groups, source, *sizes, seen.adapter, cfg.run.seed)
     routers = RouterBook(engine.chunks, channels)
     return Learner("critic", engine, Critic(stage, channels), routers, optim, packer_of(cfg, groups), groups)
 
@@ -87,14 +87,29 @@ def critic_model(cfg: RunConfig, stage: PpoConfig) -> ModelConfig:
     return dataclasses.replace(model, head="scalar")
 
 
-def critic_source(cfg: RunConfig, stage: PpoConfig) -> TensorSource:
-    """The critic's weights; where they have no score head, a fresh one.
+def critic_run(cfg: RunConfig, stage: PpoConfig) -> RunConfig:
+    """The run as if it trained the critic: its model, what that starts from, its adapter."""
+    return critics_view(cfg, stage, critic_model(cfg, stage))
+
+
+def critic_source(cfg: RunConfig, stage: PpoConfig, saved: Checkpoint | None) -> TensorSource:
+    """The critic's weights, from where it goes on or from its start; where that has no score head, with a fresh one.
 
     Raises:
-        ValueError: the tensors are not the model's.
+        ValueError: the tensors are not the model's, or it cannot go on from there.
     """
-    start, model = critic_start(cfg, stage), critic_model(cfg, stage)
-    return InitSource(model, cfg.run.seed) if start is None else _from_folder(start, model, cfg.run.seed)
+    seen = critic_run(cfg, stage)
+    other = adapters.other_adapter(seen, saved.state.get("adapter")) if saved is not None else None
+    if saved is not None and other is not None:
+        raise ValueError(
+            f"cannot resume the critic from {saved.folder}: {other}. Take another run.name, or run.resume=never to "
+            "start this run again."
+        )
+    if saved is not None and seen.adapter is None:
+        return saved
+    start, model = seen.init_from, seen.model
+    base = InitSource(model, cfg.run.seed) if start is None else _from_folder(start, model, cfg.run.seed)
+    return base if seen.adapter is None else adapters.weights(seen, base, saved)
 
 
 def make_reference(

@@ -6,9 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from data.config import DataConfig
-from models.adapters.config import LoraConfig
+from models.adapters.config import BitfitConfig, Ia3Config, LoraConfig
 from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
+from trainer import adapters
 from trainer.folders import folder_problem, model_in
 from trainer.layout_rules import Layout, broken
 from trainer.problems import Problem
@@ -27,7 +28,7 @@ def problems(cfg: RunConfig, world: int) -> list[Problem]:
     """Everything wrong with the rollouts and models of a run; nothing for a stage that makes no rollouts."""
     if not isinstance(cfg.stage, PolicyConfig):
         return []
-    rules = (_rewards, _lengths, _samples, _generator)
+    rules = (_rewards, _lengths, _samples, _generator, _critic_adapter)
     return [problem for rule in rules for problem in rule(cfg, cfg.stage, world)] + _models(cfg, cfg.stage, world)
 
 
@@ -47,6 +48,30 @@ def tp_fault(model: ModelConfig, tp: int) -> str | None:
 def critic_start(cfg: RunConfig, stage: PpoConfig) -> str | None:
     """The folder a critic starts from; None = fresh weights, as the policy's."""
     return stage.critic or cfg.rollout.reward_model or cfg.init_from
+
+
+def critics_view(cfg: RunConfig, stage: PpoConfig, model: ModelConfig) -> RunConfig:
+    """The run as if it trained the critic `model`. Its adapter is its own: fresh, whatever the policy's starts from."""
+    adapter = cfg.adapter if stage.critic_adapter else None
+    if isinstance(adapter, LoraConfig | Ia3Config):
+        adapter = dataclasses.replace(adapter, start=None)
+    return dataclasses.replace(cfg, init_from=critic_start(cfg, stage), model=model, adapter=adapter)
+
+
+def _critic_adapter(cfg: RunConfig, stage: PolicyConfig, world: int) -> list[Problem]:
+    if not isinstance(stage, PpoConfig) or not stage.critic_adapter:
+        return []
+    key, way = "stage.critic_adapter", "stage.critic_adapter=false"
+    if cfg.adapter is None:
+        return [Problem(key, True, "says the critic has the adapter of the section adapter, and there is none", way)]
+    if not isinstance(cfg.adapter, LoraConfig | Ia3Config | BitfitConfig):
+        return [Problem(key, True, f"a critic takes no adapter of kind {cfg.adapter.name}", way)]
+    start = critic_start(cfg, stage)
+    if start is None or start == cfg.init_from or folder_problem(start) is not None:
+        return []
+    model = dataclasses.replace(model_in(start), head="scalar")
+    told = [] if adapters.problems(cfg) else adapters.problems(critics_view(cfg, stage, model))
+    return [Problem(key, True, f"of the critic in {start}, {each.key} {each.reason}", way) for each in told]
 
 
 def _rewards(cfg: RunConfig, stage: PolicyConfig, world: int) -> list[Problem]:

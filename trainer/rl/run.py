@@ -120,7 +120,7 @@ def make_trainer(parts: Parts, saved: checkpoint.Checkpoint | None, total_steps:
         restored(policy, saved, groups)
     if isinstance(stage, PpoConfig):
         theirs = _critic_checkpoint(saved) if saved else None
-        critic = build.make_critic(cfg, stage, groups, theirs or build.critic_source(cfg, stage), channels)
+        critic = build.make_critic(cfg, stage, groups, build.critic_source(cfg, stage, theirs), channels)
         if theirs:
             restored(critic, theirs, groups)
     reference = build.make_reference(cfg, stage, groups, policy.engine)
@@ -140,10 +140,10 @@ def make_trainer(parts: Parts, saved: checkpoint.Checkpoint | None, total_steps:
     def save_now(progress: Progress) -> None:
         if critic is not None:
             # First, and one more of them: whatever ends the run between the two, the policy's latest has its critic.
-            model = build.critic_model(cfg, stage) if isinstance(stage, PpoConfig) else cfg.model
+            seen = build.critic_run(cfg, stage) if isinstance(stage, PpoConfig) else cfg
             kept = cfg.run.keep_last + 1
             common = (groups, parts.fingerprint, progress, kept)
-            save(cfg, model, parts.run_dir / CRITIC, critic.engine, critic.routers, *common)
+            save(seen, seen.model, parts.run_dir / CRITIC, critic.engine, critic.routers, *common)
         common = (groups, parts.fingerprint, progress)
         folder = save(cfg, cfg.model, parts.run_dir, policy.engine, policy.routers, *common)
         parts.log.note(f"saved {folder}")

@@ -49,6 +49,9 @@ class PpoConfig(PolicyConfig):
     critic: str | None = None
     """What the critic starts from: a reward model or critic; null = rollout.reward_model if there is one, else the
     policy's start with a fresh head."""
+    critic_adapter: bool = False
+    """Train an adapter of the critic's own, as the section adapter says, and its head; false trains all of the
+    critic."""
     critic_lr: float | None = None
     """Peak learning rate of the critic; null = optim.lr."""
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.loom_files import open_loom
+from convert.source import Source
 from models.adapters.config import LoraConfig
 from parallel.config import ParallelConfig
 from tests import cases, rl_cases
@@ -95,17 +97,26 @@ def test_an_adapter_learns_and_writes_as_in_one_process(row: Any, pool: Callable
     assert found["metrics"][1]["train/mismatch_kl"] < 1e-9  # the texts are the trained policy's
 
 
-def test_a_resumed_run_goes_on_alike(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [None, LoraConfig(rank=4, dropout=0.2)], ids=["whole", "adapters"])
+def test_a_resumed_run_goes_on_alike(adapter: LoraConfig | None, pool: Callable[[int], Pool], tmp_path: Path) -> None:
     """Four steps are two, a checkpoint, another layout and two more: the critic and the order of prompts included."""
-    stage, model = PpoConfig(mini_batches=2), model_of("llama_deep")
-    straight = pool(1).run(rl_cases.rl_steps, stage, model, ParallelConfig(), steps=4)[0]
-    half = {"steps": 2, "save_to": str(tmp_path)}
+    stage, model = PpoConfig(mini_batches=2, critic_adapter=adapter is not None), model_of("llama_deep")
+    given: dict[str, Any] = {"adapter": adapter}
+    straight = pool(1).run(rl_cases.rl_steps, stage, model, ParallelConfig(), steps=4, **given)[0]
+    half = {"steps": 2, "save_to": str(tmp_path), **given}
     pool(2).run(rl_cases.rl_steps, stage, model, ParallelConfig(pp=2), **half)
-    rest = {"steps": 4, "resume_from": str(tmp_path / "checkpoints" / "step_0000002")}
+    rest = {"steps": 4, "resume_from": str(tmp_path / "checkpoints" / "step_0000002"), **given}
     resumed = pool(2).run(rl_cases.rl_steps, stage, model, ParallelConfig(tp=2), **rest)[0]
     assert resumed["texts"] == straight["texts"][2:]
     assert resumed["progress"] == straight["progress"] == (4, 16)
     _alike(straight["facts"][2:], resumed["facts"])
+    if adapter is not None:
+        assert {name.partition(".")[0] for name in straight["weights"]["critic"] if ".adapter." not in name} == {"head"}
+        opened = open_loom(tmp_path / "critic")
+        Source(opened, opened.cfg).check()
+        with pytest.raises(AssertionError, match=r"cannot resume the critic .* it holds an adapter"):
+            whole = dataclasses.replace(stage, critic_adapter=False)
+            pool(1).run(rl_cases.rl_steps, whole, model, ParallelConfig(), **rest)
     for name, weights in straight["weights"].items():
         assert cases.distance(weights, resumed["weights"][name]) <= TOLERANCE
 

@@ -10,6 +10,7 @@ import pytest
 
 from models import ModelConfig
 from models.adapters.config import Ia3Config, LoraConfig
+from models.adapters.virtual_config import PromptConfig
 from parallel.config import ParallelConfig
 from tests.rl_cases import rl_config
 from trainer.rl.checks import problems
@@ -91,6 +92,13 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     ((key, reason, _),) = _told(GrpoConfig(kl="loss", reference=str(tmp_path / "gone")))
     assert key == "stage.reference" and "no such folder" in reason
     assert _told(GrpoConfig(reference=str(tmp_path / "gone"))) == []  # kl=none asks no reference
+
+
+def test_the_adapter_of_a_critic() -> None:
+    for adapter, reason in ((None, "there is none"), (PromptConfig(), "no adapter of kind prompt")):
+        found = _told(PpoConfig(critic_adapter=True), adapter=adapter)
+        assert any(key == "stage.critic_adapter" and reason in said for key, said, _ in found)
+    assert _told(PpoConfig(critic_adapter=True), adapter=LoraConfig()) == []
 
 
 def test_a_server_cannot_be_given_every_adapter() -> None:
