@@ -18,7 +18,8 @@ class PromptConfig:
     """Virtual tokens that every document begins with; its own tokens have the positions after them."""
     tokens_init: Literal["vocab", "text", "random"] = "vocab"
     """What they begin as: vocab = embeddings of tokens drawn from the vocabulary, text = those of adapter.init_text,
-    random = a normal distribution; zero = keys and values of 0, which take a share of the attention."""
+    random = a normal distribution; of prefix also zero = keys and values of 0, which take a share of the attention
+    (random ones spoil the model at first)."""
     init_text: str | None = None
     """Text whose embeddings the virtual tokens begin as; repeated or cut to their number (tokens_init=text)."""
     start: str | None = None
@@ -47,9 +48,9 @@ class PrefixConfig:
     """Which kind of adapter."""
     tokens: int = 20
     """Virtual tokens that every document begins with; its own tokens have the positions after them."""
-    tokens_init: Literal["random", "zero"] = "random"
-    """What they begin as: random = a normal distribution; zero = keys and values of 0, which take a share of the
-    attention."""
+    tokens_init: Literal["zero", "random"] = "zero"
+    """What they begin as: zero = keys and values of 0, which take a share of the attention; random = a normal
+    distribution, as `peft` does, from which the model has to find back."""
     start: str | None = None
     """Folder of an adapter in peft's format to start from."""
 

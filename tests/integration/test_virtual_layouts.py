@@ -18,13 +18,13 @@ from trainer.stages.grpo import GrpoConfig
 TOLERANCE = 1e-5
 DEEP = dataclasses.replace(TINY, num_layers=4, tied_embeddings=True)
 ONE_KV = dataclasses.replace(TINY, num_kv_heads=1)
-PROMPT, PREFIX = PromptConfig(tokens=3, tokens_init="text", init_text="ab"), PrefixConfig(tokens=3)
+PROMPT = PromptConfig(tokens=3, tokens_init="text", init_text="ab")
+PREFIX = PrefixConfig(tokens=3, tokens_init="random")
 SP: dict[str, Any] = {"sequence_parallel": True}
 ROWS: list[tuple[Any, Any, int, dict[str, Any]]] = [
     (DEEP, PROMPT, 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2}),
     (DEEP, PROMPT, 2, {"pp": 2, "schedule": "zbv", "micro_rows": 2, "zero": 0, "recompute": "full"}),
-    (DEEP, PROMPT, 4, {"tp": 2, **SP, "zero": 3, "micro_rows": 2}),
-    (DEEP, PROMPT, 2, {"zero": 2, "micro_rows": 2, "recompute": "selective"}),
+    (DEEP, PROMPT, 4, {"tp": 2, **SP, "zero": 3, "micro_rows": 2, "recompute": "selective"}),
     (DEEP, PREFIX, 4, {"tp": 2, **SP, "pp": 2, "micro_rows": 2, "recompute": "full"}),
     (DEEP, PREFIX, 4, {"tp": 2, "zero": 3, "micro_rows": 2}),
     (ONE_KV, PREFIX, 4, {"tp": 4, **SP, "zero": 0}),

@@ -38,7 +38,6 @@ def theirs(cfg: VirtualConfig) -> Any:
 
 
 ROWS = [
-    ("prompt", TINY, PROMPT),
     ("prompt, biases, tied", QWEN, PROMPT),
     ("prefix", TINY, PREFIX),
     ("prefix, windows", WINDOW, PREFIX),

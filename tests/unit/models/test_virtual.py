@@ -20,7 +20,7 @@ from parallel.switch import switched_off
 from tests.cases import TINY
 
 WINDOW = dataclasses.replace(TINY, family="qwen2", qkv_bias=True, sliding_window=9, full_attention_layers=1)
-PROMPT, PREFIX = PromptConfig(tokens=5, tokens_init="random"), PrefixConfig(tokens=5)
+PROMPT, PREFIX = PromptConfig(tokens=5, tokens_init="random"), PrefixConfig(tokens=5, tokens_init="random")
 ROWS = [(TINY, PROMPT), (TINY, PREFIX), (WINDOW, PROMPT), (WINDOW, PREFIX)]
 IDS = ["prompt", "prefix", "prompt, windows", "prefix, windows"]
 
