@@ -66,6 +66,11 @@ class TowerConfig:
         return self.image_size // self.patch_size
 
     @property
+    def runs(self) -> int:
+        """How many layers are run."""
+        return self.num_layers + 1 + self.feature_layer
+
+    @property
     def native(self) -> bool:
         """Whether tiles have sizes of their own."""
         return self.kind in ("qwen2_vl", "qwen2_5_vl")

@@ -13,7 +13,7 @@ from torch import nn
 from models.blocks.pieces import Piece
 from models.vision.config import TowerConfig
 from models.vision.layers import LayerNorm
-from models.vision.tower_layers import Layers, Seen, keep_all
+from models.vision.tower_layers import Seen, keep_all, make_layers, run_layers
 from models.vision.tower_native import NativeTower
 from parallel.layers import parameter
 from parallel.matmul import linear
@@ -25,7 +25,7 @@ class TileTower(nn.Module):
 
     def __init__(self, cfg: TowerConfig, place: Place, recompute: bool = False) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.recompute = cfg, recompute
         dim, side = cfg.hidden_size, cfg.patch_size
         ones = (1, 1) if cfg.kind in ("intern", "blip2") else ()  # dims that their checkpoints have besides
         self.patch = parameter((dim, 3, side, side), REPLICATED, "normal", place)
@@ -34,7 +34,7 @@ class TileTower(nn.Module):
         tokens = cfg.grid**2 + int(cfg.has_class)
         self.positions = parameter((*ones[:1], tokens, dim), REPLICATED, "normal", place)
         self.pre_norm = LayerNorm(dim, cfg.norm_eps, place) if cfg.kind == "clip" else None
-        self.layers = Layers(cfg, place, recompute)
+        self.layers = make_layers(cfg, place)
         self.norm = LayerNorm(dim, cfg.norm_eps, place) if cfg.has_norm else None
         if self.norm is not None and not cfg.norms_features:
             keep_all(self.norm)
@@ -61,7 +61,8 @@ class TileTower(nn.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         rows = tiles * x.shape[1]
-        x = self.layers.run(x.flatten(0, 1), [Seen((Piece(0, rows, 0, tiles),))] * self.layers.runs)
+        seen = Seen((Piece(0, rows, 0, tiles),))
+        x = run_layers(self.layers, x.flatten(0, 1), [seen] * self.cfg.runs, self.recompute)
         if self.cfg.has_class and not self.cfg.keep_class:
             x = x.unflatten(0, (tiles, -1))[:, 1:].flatten(0, 1)
         return self.norm(x) if self.norm is not None and self.cfg.norms_features else x

@@ -92,25 +92,24 @@ class Layer(nn.Module):
         return self.mlp_scale(self.mlp(self.mlp_norm(x), nothing), x)
 
 
-class Layers(nn.ModuleList):
+def make_layers(cfg: TowerConfig, place: Place) -> nn.ModuleList:
     """The layers of a tower. Those behind the wanted features are kept for the checkpoint's sake and not run."""
+    layers = nn.ModuleList(Layer(cfg, place) for _ in range(cfg.num_layers))
+    for idle in layers[cfg.runs :]:
+        keep_all(idle)
+    return layers
 
-    def __init__(self, cfg: TowerConfig, place: Place, recompute: bool) -> None:
-        super().__init__(Layer(cfg, place) for _ in range(cfg.num_layers))
-        self.runs, self.recompute = cfg.num_layers + 1 + cfg.feature_layer, recompute
-        for idle in list(self)[self.runs :]:
-            keep_all(idle)
 
-    def run(self, x: torch.Tensor, seen: list[Seen]) -> torch.Tensor:
-        """[P, D] -> fp32 [P, D], as the decoder's rows between layers are; `seen` layer by layer."""
-        x = x.float()
-        for layer, own in zip(list(self)[: self.runs], seen, strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                again: Any = checkpoint(layer, x, own, use_reentrant=False, preserve_rng_state=False)
-                x = again
-            else:
-                x = layer(x, own)
-        return x
+def run_layers(layers: nn.ModuleList, x: torch.Tensor, seen: Sequence[Seen], recompute: bool) -> torch.Tensor:
+    """[P, D] -> fp32 [P, D], as the decoder's rows between layers are, through as many layers as `seen` tells of."""
+    x = x.float()
+    for layer, own in zip(layers, seen, strict=False):
+        if recompute and torch.is_grad_enabled():
+            again: Any = checkpoint(layer, x, own, use_reentrant=False, preserve_rng_state=False)
+            x = again
+        else:
+            x = layer(x, own)
+    return x
 
 
 def keep_all(module: nn.Module) -> None:

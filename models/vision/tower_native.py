@@ -19,7 +19,7 @@ from torch import nn
 
 from models.blocks.pieces import pieces_of
 from models.vision.config import TowerConfig
-from models.vision.tower_layers import Layers, Seen
+from models.vision.tower_layers import Seen, make_layers, run_layers
 from parallel.layers import parameter
 from parallel.matmul import linear
 from parallel.sharding import REPLICATED, Place
@@ -93,11 +93,11 @@ class NativeTower(nn.Module):
 
     def __init__(self, cfg: TowerConfig, block: int, place: Place, recompute: bool = False) -> None:
         super().__init__()
-        self.cfg, self.block = cfg, block
+        self.cfg, self.block, self.recompute = cfg, block, recompute
         side = cfg.patch_size
         self.window = None if cfg.window_size is None else cfg.window_size // (side * block)
         self.patch = parameter((cfg.hidden_size, 3, cfg.frames, side, side), REPLICATED, "normal", place)
-        self.layers = Layers(cfg, place, recompute)
+        self.layers = make_layers(cfg, place)
 
     def forward(self, patches_PX: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> torch.Tensor:
         """Features of all tiles, tile after tile.
@@ -113,8 +113,9 @@ class NativeTower(nn.Module):
         if plan.order_P is not None:
             patches_PX = patches_PX.index_select(0, plan.order_P)
         x = linear(patches_PX, self.patch.flatten(1))
-        full = range(self.layers.runs) if self.window is None else self.cfg.full_layers
-        x = self.layers.run(x, [plan.whole if i in full else plan.windows for i in range(self.layers.runs)])
+        runs = range(self.cfg.runs)
+        full = runs if self.window is None else self.cfg.full_layers
+        x = run_layers(self.layers, x, [plan.whole if i in full else plan.windows for i in runs], self.recompute)
         if plan.order_P is None:
             return x
         back_P = torch.empty_like(plan.order_P)

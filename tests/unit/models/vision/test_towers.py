@@ -61,7 +61,7 @@ def test_what_is_not_run_is_frozen_and_saved(name: str) -> None:
     grads = looked(CASES[name], SINGLE)["grads"]
     kept = {key for key, param in tower.named_parameters() if is_kept(param)}
     assert kept == {key for key, grad in grads.items() if grad is None}
-    runs = CASES[name].cfg.num_layers + 1 + CASES[name].cfg.feature_layer
+    runs = CASES[name].cfg.runs
     assert {key.split(".")[1] for key in kept if key.startswith("layers.")} == {str(i) for i in range(runs, 3)}
 
 
@@ -97,7 +97,7 @@ def test_eyes_give_the_tower_the_side_of_the_connectors_blocks() -> None:
     cfg = VisionConfig("loom", case.cfg, ProjectorConfig(), ImageConfig(mode="native"))
     with torch.device("meta"):
         one, _ = build_eyes(cfg, 24, SINGLE, False)
-    assert one.block == 1 and not one.layers.recompute  # pyright: ignore
+    assert one.block == 1 and not one.recompute  # pyright: ignore
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
