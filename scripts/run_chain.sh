@@ -5,13 +5,15 @@
 #   bash scripts/run_chain.sh zephyr            cold start, then DPO
 #   bash scripts/run_chain.sh arithmetic_sft arithmetic_gspo -- run.threads=2      runs by name; behind -- words for all
 # Started again it goes on where it stopped: a run that is done has nothing to do. PROCESSES=4 takes so many, not 2.
+# To see whether a chain runs at all:
+#   PROCESSES=1 bash scripts/run_chain.sh r1 -- run.steps=2 optim.warmup_steps=0 run.dir=runs/trial
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 runs=() words=()
 while (($#)); do
     case "$1" in
-        -h | --help) sed -n '2,7s/^# \{0,1\}//p' "scripts/run_chain.sh"; exit 0 ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "scripts/run_chain.sh"; exit 0 ;;
         --) shift; words=("$@"); break ;;
         r1) runs+=(arithmetic_sft arithmetic_grpo) ;;
         instructgpt) runs+=(arithmetic_sft arithmetic_reward arithmetic_ppo_reward) ;;
@@ -24,8 +26,22 @@ done
 for run in "${runs[@]}"; do
     [[ -f "conf/run/$run.yaml" ]] || { printf 'run_chain: there is no conf/run/%s.yaml\n' "$run" >&2; exit 2; }
 done
+for word in ${words[@]+"${words[@]}"}; do
+    if [[ "$word" == run.name=* ]]; then
+        printf 'run_chain: %s would put all runs into one folder; run.dir=FOLDER keeps them apart from others\n' "$word" >&2
+        exit 2
+    fi
+done
+if ! command -v torchrun >/dev/null && [[ -x .venv/bin/torchrun ]]; then PATH="$PWD/.venv/bin:$PATH"; fi
+command -v torchrun >/dev/null || {
+    printf 'run_chain: there is no torchrun; activate the environment, or bash scripts/quickstart.sh makes one\n' >&2
+    exit 2
+}
+processes="${PROCESSES:-2}"
+launch=(python)
+((processes == 1)) || launch=(torchrun --standalone --nproc_per_node "$processes")
 if [[ "${runs[*]}" == *arithmetic_* && ! -d assets/arithmetic ]]; then python scripts/prepare_arithmetic.py; fi
 for run in "${runs[@]}"; do
     printf '\n== %s\n' "$run"
-    torchrun --standalone --nproc_per_node "${PROCESSES:-2}" train.py run="$run" ${words[@]+"${words[@]}"}
+    "${launch[@]}" train.py run="$run" ${words[@]+"${words[@]}"}
 done
