@@ -1,8 +1,8 @@
 """Turn a run into a Hugging Face folder: ``python scripts/export_hf.py runs/quickstart exported/quickstart``.
 
-The folder holds config, safetensors, tokenizer and generation config, and loads with ``AutoModelForCausalLM``. Any
-layout and ZeRO stage; no GPU is needed. ``convert/mega_to_hf.py`` does the same with a check and restarts, for models
-that take long.
+The folder holds config, safetensors, tokenizer and generation config, and loads with ``AutoModelForCausalLM``. The
+run's manifest goes with it, so that a next stage is checked against the run. Any layout and ZeRO stage; no GPU is
+needed. ``convert/mega_to_hf.py`` does the same with a check and restarts, for models that take long.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from convert.loom_files import open_loom
 from convert.to_hf import export
+from trainer import manifest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +38,7 @@ def export_run(run: Path, out: Path, dtype: torch.dtype, overwrite: bool, tokeni
     export(out, opened.cfg, opened.tensors, folder, dtype, overwrite=overwrite)
     if opened.chat_template is not None and tokenizer is None:
         shutil.copyfile(opened.chat_template, out / "chat_template.jinja")
+    manifest.carry(opened.path, out)
     return opened.path
 
 

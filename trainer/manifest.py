@@ -134,6 +134,18 @@ def read(path: str | Path) -> Manifest | None:
         ) from error
 
 
+def carry(path: str | Path, folder: Path) -> None:
+    """Put the manifest of the run that lies in a path beside its weights in another folder, so that a stage that starts
+    from there is checked as one that starts from the run; nothing where the run has none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    made = read(path)
+    if made is not None:
+        write(folder, made)
+
+
 def lineage(path: str) -> tuple[str, ...]:
     """The stages that led to the weights in a folder, its own last; only the folder where nothing says more."""
     theirs, checkpoint = read(path), find_checkpoint(Path(path))

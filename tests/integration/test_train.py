@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import cases, programs
 from tests.integration.conftest import ROOT
+from trainer import manifest
 
 
 def test_channels_learn_and_everything_is_on_disk(pool, world) -> None:
@@ -56,6 +57,10 @@ def test_exported_folder_is_the_trained_model(pool, world, tmp_path: Path) -> No
     words = world.overrides(run__name="again", model="hf", init_from=out, run__steps=1)
     pool(2).run(cases.run_config, words)
     assert world.metrics("again")[1]["train/loss"] < world.metrics("export")[1]["train/loss"]
+    # … which knows where they came from
+    made, again = manifest.read(world.folder / "runs" / "export"), manifest.read(world.folder / "runs" / "again")
+    assert made is not None and again is not None and manifest.read(out) == made
+    assert again.lineage == (f"sft ({out})",) and again.parents[0].stage == "sft"
 
 
 def test_random_channels_and_plain_text_pretraining(pool, world) -> None:
