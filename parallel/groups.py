@@ -112,13 +112,16 @@ class Groups:
             dist.barrier()
 
 
-def build_groups(ranks: LauncherRanks, timeout_s: float, layout: ParallelConfig = ALL_DATA) -> Groups:
+def build_groups(
+    ranks: LauncherRanks, timeout_s: float, layout: ParallelConfig = ALL_DATA, micro_batch_tokens: int = 2048
+) -> Groups:
     """Join the process group and lay the axes over it.
 
     Args:
         ranks: what the launcher said.
         layout: the parallel section; what it leaves over of the ranks is data parallel.
         timeout_s: seconds a collective may wait before the job ends with an error.
+        micro_batch_tokens: sizes what a CPU keeps for the shapes of a micro-batch.
     """
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if use_cuda else torch.device("cpu")
@@ -127,7 +130,7 @@ def build_groups(ranks: LauncherRanks, timeout_s: float, layout: ParallelConfig 
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out itself, with a warning a rank
         keep_freed_memory()
-        keep_few_products()
+        keep_few_products(micro_batch_tokens)
         record_few_collectives()
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists on it, also for one process
     if not dist.is_initialized():

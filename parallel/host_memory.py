@@ -25,6 +25,7 @@ LARGEST_ON_HEAP = 32 * 2**20  # the most glibc allows; larger blocks would tear 
 RECORDS = 64  # collectives; those under way at one time are a handful
 RECORDS_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 PRODUCTS, WRAPPED = 64, 32  # a dense micro-batch asks again for 26 to 50 shapes; what is made anew takes 0.2 to 0.5 ms
+TOKENS_OF_A_PRODUCT = 64  # long documents have shapes of their own: one more product for so many tokens
 PRODUCTS_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
 WRAPPED_VARIABLE = "LRU_CACHE_CAPACITY"
 
@@ -35,11 +36,11 @@ def record_few_collectives() -> None:
         os.environ[RECORDS_VARIABLES[0]] = str(RECORDS)
 
 
-def keep_few_products() -> None:
-    """Have oneDNN and its wrapper keep few compiled products unless the user has said how many. To be called before
-    the first product: they read it then, and there is no other setting."""
+def keep_few_products(tokens: int = 2048) -> None:
+    """Have oneDNN and its wrapper keep few compiled products unless the user has said how many: for micro-batches of so
+    many tokens. To be called before the first product: they read it then, and there is no other setting."""
     if not any(name in os.environ for name in PRODUCTS_VARIABLES):
-        os.environ[PRODUCTS_VARIABLES[0]] = str(PRODUCTS)
+        os.environ[PRODUCTS_VARIABLES[0]] = str(PRODUCTS + tokens // TOKENS_OF_A_PRODUCT)
     os.environ.setdefault(WRAPPED_VARIABLE, str(WRAPPED))
 
 

@@ -48,7 +48,8 @@ def run(cfg: RunConfig, ranks: LauncherRanks) -> Path:
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
     # The collectives' own limit is longer, or they would give up before the watch has told who waits for whom.
-    groups = build_groups(ranks, 2 * cfg.run.hang_timeout + 60, cfg.parallel)
+    tokens = cfg.data.seq_len * cfg.data.micro_batch_rows
+    groups = build_groups(ranks, 2 * cfg.run.hang_timeout + 60, cfg.parallel, tokens)
     with watching(groups, cfg.run.hang_timeout), run_folder(cfg, groups) as run_dir:
         if isinstance(cfg.stage, PolicyConfig):
             from trainer.rl.run import train_in  # brings the generator in
