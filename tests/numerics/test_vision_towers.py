@@ -1,7 +1,7 @@
 """Vision towers against transformers: features and gradients, at every feature layer a checkpoint may ask for."""
 
 import math
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -80,8 +80,9 @@ def their_features(model: Any, case: Case, patches_PX: torch.Tensor) -> torch.Te
     """What LLaVA, BLIP-2, InternVL and Qwen-VL take from their towers; of Qwen-VL behind the patch merger."""
     cfg = case.cfg
     if cfg.native:
-        grid = torch.tensor([(1, *each) for each in case.grids])
-        return model(patches_PX, grid_thw=grid).pooler_output
+        times = torch.tensor([(len(list(alike)), *grid) for grid, alike in groupby(case.grids)])  # of two: a video
+        assert times[:, 0].max() == 2
+        return model(patches_PX, grid_thw=times).pooler_output
     side = cfg.grid
     pixels = patches_PX.view(-1, side, side, 3, PIXELS, PIXELS).permute(0, 3, 1, 4, 2, 5)
     out = model(pixels.reshape(-1, 3, side * PIXELS, side * PIXELS), output_hidden_states=True)
