@@ -3,7 +3,7 @@
     python scripts/prepare_digits.py [--assets assets] [--seed 0]
 
 writes into assets/digits/
-    images/00000.png ...   the pictures
+    images/00000.png ...   the pictures, and of those to learn from a copy for each question, moved by up to two pixels
     tokenizer/             bytes, the marks of a conversation and <image>, a chat template
     train.jsonl            conversations about nine pictures in ten, each question once a picture
     held_out.jsonl         conversations about the others
@@ -30,6 +30,8 @@ from prepare_quickstart import one_at_a_time, whole_folder
 
 SIDE = 28
 HELD_OUT = 0.1
+MOVED = 2
+"""Pixels."""
 MARKS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<image>")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTIONS: dict[str, tuple[str, Callable[[int], str]]] = {
@@ -62,23 +64,37 @@ def conversation(picture: str | None, channel: str, digit: int) -> dict[str, obj
     return {**({} if picture is None else {"images": [picture]}), "messages": said, "channel": channel}
 
 
+def moved(image: Image.Image, draw: random.Random) -> Image.Image:
+    """The picture moved by up to MOVED pixels each way; what comes in is black."""
+    right, down = (draw.randint(-MOVED, MOVED) for _ in range(2))
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, -right, 0, 1, -down))
+
+
 def write_data(folder: Path, seed: int) -> dict[str, int]:
     """Pictures and conversations. Returns how many lines each file has."""
-    draw, found = random.Random(seed), pictures()
+    draw = random.Random(seed)
     (folder / "images").mkdir()
-    named = []
-    for number, (grey, digit) in enumerate(found):
+    numbered = list(enumerate(pictures()))
+    draw.shuffle(numbered)
+    share = int(HELD_OUT * len(numbered))
+    named: list[tuple[str, int]] = []
+    train = []
+    for place, (number, (grey, digit)) in enumerate(numbered):
+        image = Image.frombytes("L", (SIDE, SIDE), grey)
         name = f"images/{number:05d}.png"
-        Image.frombytes("L", (SIDE, SIDE), grey).save(folder / name)
+        image.save(folder / name)
         named.append((name, digit))
-    draw.shuffle(named)
-    held, rest = named[: int(HELD_OUT * len(named))], named[int(HELD_OUT * len(named)) :]
+        for question in QUESTIONS if place >= share else ():
+            copy = f"images/{number:05d}_{question}.png"
+            moved(image, draw).save(folder / copy)
+            train.append(conversation(copy, question, digit))
+    held, rest = named[:share], named[share:]
 
     def other(digit: int) -> str:
         return draw.choice([name for name, each in held if each != digit])
 
     files = {
-        "train": [conversation(name, channel, digit) for name, digit in rest for channel in QUESTIONS],
+        "train": train,
         "held_out": [conversation(name, channel, digit) for name, digit in held for channel in QUESTIONS],
         "mismatched": [conversation(other(digit), channel, digit) for _, digit in held for channel in QUESTIONS],
         "blind": [conversation(None, channel, digit) for _, digit in rest for channel in QUESTIONS],
