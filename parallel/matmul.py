@@ -76,7 +76,7 @@ def _can_be_packed(weight: torch.Tensor) -> bool:
 def _packed(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The copies that `x` may be multiplied with; none where the weight has changed or gradients are wanted."""
     version, packed = vars(weight).get("packed", (None, ()))
-    if version != weight._version or torch.is_grad_enabled() or x.dtype is not torch.float32:
+    if not packed or version != weight._version or torch.is_grad_enabled() or x.dtype is not torch.float32:
         return ()
     return packed if compute_dtype(x) is torch.float32 else ()
 

@@ -35,6 +35,8 @@ LENGTHS = (3, 60, 1, 17, 90, 25, 8)
 SMALL = GeneratorConfig(max_rows=3, prefill_tokens=64)
 """Rows come and go: there are three places."""
 GREEDY = SamplingConfig(max_new_tokens=NEW)
+SHARED = 4
+"""Samples of the prompt that the cache holds once for them."""
 SETTINGS: tuple[Settings, ...] = (
     GREEDY,
     dataclasses.replace(GREEDY, log_probs=True),
@@ -70,8 +72,10 @@ def prompts_of(cfg: ModelConfig, lengths: Sequence[int] = LENGTHS) -> list[list[
 
 
 def requests_of(cfg: ModelConfig) -> list[Request]:
-    """Every prompt with one of the settings, and a seed of its own."""
-    return [Request(prompt, SETTINGS[i], 7 + i) for i, prompt in enumerate(prompts_of(cfg))]
+    """Every prompt with one of the settings, and a seed of its own; then samples that share a long one."""
+    prompts = prompts_of(cfg)
+    shared = SamplingConfig(max_new_tokens=NEW, temperature=1.0, samples=SHARED, log_probs=True)
+    return [Request(prompt, SETTINGS[i], 7 + i) for i, prompt in enumerate(prompts)] + [Request(prompts[4], shared, 21)]
 
 
 def decoder(cfg: ModelConfig, place: Place) -> Decoder:

@@ -17,6 +17,9 @@ from models.generation.team import Chosen, Team
 GREEDY = SamplingConfig(max_new_tokens=1)
 """`Row.choosing` where nothing is asked but the most probable token."""
 
+APART = 256
+"""Tokens of the prompt in all rows but one from which on it is held once."""
+
 
 class Batch:
     """The live rows and their cache. Row i has slot i; between two steps ended rows may still stand there."""
@@ -108,22 +111,28 @@ class Batch:
         fresh = list(reversed(firsts.values()))
         if fresh:
             where = [slots[id(row)] for _, row in fresh]
-            logits = prefill(self.model, [group.prompt for group, _ in fresh], where, self.cache, False)
+            sights = [group.sight for group, _ in fresh]
+            logits = prefill(self.model, [group.prompt for group, _ in fresh], where, self.cache, False, sights)
             for (group, _), slot, logits_V in zip(fresh, where, logits, strict=True):
                 group.logits_V = logits_V
                 if len(group.rows) > 1:
-                    group.prefix = self.cache.take(slot, len(group.prompt))
+                    group.prefix = self.cache.take(slot, len(group.prompt), self._apart(group))
         for group, row in new:
             row.cached = len(group.prompt)
-            begun_alone = id(group) in firsts and firsts[id(group)][1] is row
-            if not begun_alone:
-                assert group.prefix is not None
-                self.cache.give(slots[id(row)], group.prefix)
+            prefix = group.prefix
+            has_it = id(group) in firsts and firsts[id(group)][1] is row and not (prefix and prefix.apart)
+            if not has_it:
+                assert prefix is not None
+                self.cache.give(slots[id(row)], prefix)
         logits_NW = torch.stack([group.logits_V for group, _ in new if group.logits_V is not None])
         for group, _ in new:
             if group.begun == len(group.rows):
                 group.prefix = group.logits_V = None
         yield from _chosen(logits_NW, [row for _, row in new], self.team)
+
+    def _apart(self, group: Group) -> bool:
+        """Whether the cache of the prompt is held once for its rows: what is not read again must be worth the calls."""
+        return self.speculation is None and (len(group.rows) - 1) * len(group.prompt) >= APART
 
 
 def _chosen(logits_NW: torch.Tensor, rows: Sequence[Row], team: Team) -> Iterator[Step]:
@@ -132,10 +141,12 @@ def _chosen(logits_NW: torch.Tensor, rows: Sequence[Row], team: Team) -> Iterato
     def decide(logits_NV: torch.Tensor, which: Sequence[int]) -> list[Chosen]:
         return drawn_rows(logits_NV, [rows[i] for i in which])
 
-    chosen = team.choose(logits_NW, [row.choosing == GREEDY for row in rows], decide)
+    greedy = [team.axis.size > 1 and row.choosing == GREEDY for row in rows]  # one rank alone never asks
+    chosen = team.choose(logits_NW, greedy, decide)
     yield from [row.push(*each) for row, each in zip(rows, chosen, strict=True)]
 
 
+@torch.inference_mode()
 def drawn_rows(logits_NV: torch.Tensor, rows: Sequence[Row]) -> list[Chosen]:
     """What is chosen for each row; rows of one setting are drawn together."""
     by_setting: dict[SamplingConfig, list[int]] = {}

@@ -4,6 +4,8 @@ Each layer keeps `[S, G, C, K]`: key/value heads as they are (G, not H), rotated
 more places than its window: a token overwrites the one that no later query sees, and since rotation is in the keys
 their order does not matter. Latent attention keeps one latent and one rotated key part a token, both as one "head".
 
+A prompt of several rows may be held apart, once, where no window cuts it; their slots then begin behind it.
+
 Legend: `S` slots; `B` live rows; `C` places for tokens of one slot.
 """
 
@@ -16,37 +18,36 @@ import torch
 
 from models.blocks.mla import LatentAttention
 from models.decoder import Decoder, Layer
+from models.generation.pieces import Piece, attend_both, pieces_of
 from parallel.matmul import compute_dtype
 
 _ROUND = 64
 """Places are made in steps of so many."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows `start:stop` against their first `longest` places; -inf in the mask [rows, 1, 1, longest] where a row has
-    fewer, no mask where all have as many."""
-
-    start: int
-    stop: int
-    longest: int
-    mask: torch.Tensor | None
+_LONG = 8192
+"""Numbers in one head's keys from which on they had better be the first operand: MKL takes a fifth less time then."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one step and one window: the place where each row's new token goes, and who meets what."""
+    """Of one step and one window: where each head of each row's new token goes, and who meets what."""
 
-    place_B: torch.Tensor
+    place_BG: torch.Tensor
+    """Among the places of all slots and heads, one after another."""
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
-    """The cache of one row, for others that begin alike: keys and values [G, places, K] of each layer."""
+    """The cache of one row, for others that begin alike: keys, and values where they are apart, [G, places, K] of each
+    layer."""
 
     tokens: int
-    layers: list[tuple[torch.Tensor, torch.Tensor | None]]
+    """Virtual ones among them."""
+    layers: list[list[torch.Tensor]]
+    apart: bool = False
+    """Layers without a window do not copy it into slots."""
+    shift: int = 0
+    """As of its slot, see `Cache.shift`."""
 
 
 @dataclass
@@ -60,6 +61,8 @@ class LayerCache:
     latent: bool
     keys: torch.Tensor
     values: torch.Tensor | None
+    common: tuple[torch.Tensor, ...] = ()
+    """Of prompts that are held apart, [N, G, places, K] each."""
 
     @staticmethod
     def of(layer: Layer) -> "LayerCache":
@@ -109,31 +112,55 @@ class LayerCache:
             assert new is not None
             own[slot, :, : total - first] = (new[first:].roll(turn, 0) if turn else new[first:]).transpose(0, 1)
 
-    def append(self, place_B: torch.Tensor, keys_BGK: torch.Tensor, values_BGK: torch.Tensor | None) -> None:
+    def plan(
+        self,
+        tokens: Sequence[int],
+        device: torch.device,
+        prompt_B: Sequence[int | None] | None = None,
+        prompt_tokens: Sequence[int] = (),
+    ) -> Plan:
+        """Of a step after which the slots of the rows have so many tokens; the rest as in `pieces_of`."""
+        window, room = self.window, self.keys.shape[2]
+        place_B = torch.tensor([(n - 1) if window is None else (n - 1) % window for n in tokens])
+        head_BG = torch.arange(len(tokens) * self.groups).view(-1, self.groups)
+        place_BG = (head_BG * room + place_B[:, None]).flatten().to(device)
+        return Plan(place_BG, pieces_of([self.held(n) for n in tokens], device, prompt_B, prompt_tokens))
+
+    def append(self, place_BG: torch.Tensor, keys_BGK: torch.Tensor, values_BGK: torch.Tensor | None) -> None:
         """Write one token of each live row."""
-        rows = torch.arange(place_B.shape[0], device=place_B.device)
         for own, new in zip(self.tensors(), (keys_BGK, values_BGK), strict=False):
             assert new is not None
-            own[rows, :, place_B] = new.to(own.dtype)
+            size = new.shape[-1]
+            own.view(-1, size).index_copy_(0, place_BG, new.to(own.dtype).reshape(-1, size))
 
     def attend(self, q_BHK: torch.Tensor, pieces: Sequence[Piece], scale: float) -> torch.Tensor:
         """One query a row and head against the row's tokens -> [B, H, value_dim]; fp32 softmax.
 
         The query heads of a group meet their keys in one small product, so keys and values are read once and not
-        repeated. Keys go first: of a large first operand MKL makes better use (a fifth less time at 3 queries).
+        repeated.
         """
-        q = (q_BHK * scale).unflatten(1, (self.groups, -1)).transpose(-1, -2)
-        found = []
-        for p in pieces:
-            keys = self.keys[p.start : p.stop, :, : p.longest]
-            values = (
-                keys[..., : self.value_dim] if self.values is None else self.values[p.start : p.stop, :, : p.longest]
-            )
-            scores = torch.matmul(keys, q[p.start : p.stop]).transpose(-1, -2).float()
-            if p.mask is not None:
-                scores += p.mask
-            found.append(torch.matmul(scores.softmax(-1).to(values.dtype), values))
+        q = (q_BHK * scale).unflatten(1, (self.groups, -1))
+        found = [self._found(q[p.start : p.stop], p) for p in pieces]
         return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1, 2)
+
+    def _found(self, q_BGLK: torch.Tensor, p: Piece) -> torch.Tensor:
+        keys, values = self._parts(self.tensors(), p.start, p.stop, p.longest)
+        scores = _scores(q_BGLK, keys)
+        if p.mask is not None:
+            scores += p.mask
+        if p.common is None:
+            return torch.matmul(scores.softmax(-1).to(values.dtype), values)
+        theirs = self._parts(self.common, p.common.start, p.common.stop, p.common.longest)
+        return attend_both(q_BGLK, scores, values, p.common, *theirs)
+
+    def _parts(
+        self, tensors: Sequence[torch.Tensor], start: int, stop: int, longest: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first places of some of the first dim."""
+        keys = tensors[0][start:stop, :, :longest]
+        if len(tensors) == 1:
+            return keys, keys[..., : self.value_dim]
+        return keys, tensors[1][start:stop, :, :longest]
 
 
 class Cache:
@@ -145,6 +172,11 @@ class Cache:
         self.ahead = 0 if model.virtual is None else model.virtual.ahead
         """Virtual tokens that every slot begins with; whoever counts a row's tokens leaves them out."""
         self.max_tokens, self.rows, self.tokens = max_tokens, 0, 0
+        self._apart: dict[int, Prefix] = {}
+        """The prompts of slots that begin behind them."""
+        self._shifts: dict[int, int] = {}
+        self._common: list[Prefix] = []
+        """Those that the layers have together now."""
 
     def fit(self, rows: int, tokens: int) -> None:
         """Make room for the first `rows` slots with `tokens` places; the rows there are kept.
@@ -163,54 +195,101 @@ class Cache:
             layer.resize(wide, more, compute_dtype(layer.keys))
         self.rows, self.tokens = wide, more
 
-    def take(self, slot: int, tokens: int) -> Prefix:
-        """A copy of the first `tokens` tokens of a slot, which must be all it has."""
+    def clear(self, slots: Sequence[int]) -> None:
+        """Whole prompts will be put into these slots."""
+        for slot in slots:
+            self._apart.pop(slot, None)
+            self._shifts.pop(slot, None)
+
+    def shift(self, slots: Sequence[int], by: Sequence[int]) -> None:
+        """Later tokens of these slots have their places plus this as positions: pictures have their own (M-RoPE)."""
+        self._shifts.update(zip(slots, by, strict=True))
+
+    def shifted(self, slot: int) -> int:
+        """What was said so of a slot."""
+        return self._shifts.get(slot, 0)
+
+    def take(self, slot: int, tokens: int, apart: bool = False) -> Prefix:
+        """A copy of the first `tokens` tokens of a slot, which must be all it has and no prompt held apart.
+
+        `apart`: slots that are given it have it together.
+        """
         every = self.ahead + tokens
         parts = [[x[slot, :, : layer.held(every)].clone() for x in layer.tensors()] for layer in self.layers]
-        return Prefix(tokens, [(part[0], part[1] if len(part) > 1 else None) for part in parts])
+        return Prefix(every, parts, apart, self.shifted(slot))
 
     def give(self, slot: int, prefix: Prefix) -> None:
         """Begin a slot with such a copy."""
+        self.clear([slot])
+        self.shift([slot], [prefix.shift])
+        if prefix.apart:
+            self._apart[slot] = prefix
         for layer, parts in zip(self.layers, prefix.layers, strict=True):
-            for own, new in zip(layer.tensors(), parts, strict=False):
-                assert new is not None
+            if prefix.apart and layer.window is None:
+                continue
+            for own, new in zip(layer.tensors(), parts, strict=True):
                 own[slot, :, : new.shape[1]] = new
 
     def move(self, source: int, target: int, tokens: int, first: int = 0) -> None:
         """Copy a row's `tokens` tokens to another slot, which has the same ones before token `first` already."""
         first, tokens = self.ahead + first if first else 0, self.ahead + tokens
+        self.clear([target])
+        self.shift([target], [self.shifted(source)])
+        prefix = self._apart.get(source)
+        if prefix is not None:
+            assert first == 0
+            self._apart[target] = prefix
         for layer in self.layers:
-            for start, stop in layer.places(first, tokens):
+            behind = prefix.tokens if prefix is not None and layer.window is None else 0
+            for start, stop in layer.places(first, tokens - behind):
                 for own in layer.tensors():
                     own[target, :, start:stop] = own[source, :, start:stop]
 
     def plans(self, lengths: Sequence[int], device: torch.device) -> dict[int | None, Plan]:
         """For each window, the plan of a step after which the rows have `lengths` tokens, virtual ones among them."""
+        prefixes = [self._apart.get(slot) for slot in range(len(lengths))]
+        self._gather([prefix for prefix in dict.fromkeys(prefixes) if prefix is not None])
+        number = {prefix: i for i, prefix in enumerate(self._common)}
+        prompt_B = [None if prefix is None else number[prefix] for prefix in prefixes]
+        own = [n - (prefix.tokens if prefix else 0) for n, prefix in zip(lengths, prefixes, strict=True)]
         return {
-            window: Plan(
-                torch.tensor([(n - 1) if window is None else (n - 1) % window for n in lengths], device=device),
-                pieces_of([n if window is None else min(n, window) for n in lengths], device),
+            layer.window: (
+                layer.plan(own, device, prompt_B, [prefix.tokens for prefix in self._common])
+                if layer.window is None
+                else layer.plan(lengths, device)
             )
-            for window in {layer.window for layer in self.layers}
+            for layer in {layer.window: layer for layer in self.layers}.values()
         }
 
+    def _gather(self, prefixes: list[Prefix]) -> None:
+        """Have these prompts together in the layers that hold them apart."""
+        if prefixes == self._common:
+            return
+        longest = max((prefix.tokens for prefix in prefixes), default=0)
+        for index, layer in enumerate(self.layers):
+            layer.common = ()
+            if prefixes and layer.window is None:
+                layer.common = tuple(
+                    _stacked([prefix.layers[index][part] for prefix in prefixes], longest)
+                    for part in range(len(layer.tensors()))
+                )
+        self._common = prefixes
 
-def pieces_of(lengths: Sequence[int], device: torch.device) -> tuple[Piece, ...]:
-    """Neighbouring rows together as long as the places that are looked at in vain stay few."""
-    cuts, total, longest = [0], 0, 0
-    for row, length in enumerate(lengths):
-        total, longest = total + length, max(longest, length)
-        if (row + 1 - cuts[-1]) * longest > 1.25 * total + 512:
-            cuts, total, longest = [*cuts, row], length, length
-    pieces = []
-    for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True):
-        own = lengths[start:stop]
-        longest, mask = max(own), None
-        if min(own) < longest:
-            unseen = torch.arange(longest, device=device) >= torch.tensor(own, device=device)[:, None]
-            mask = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, float("-inf"))[:, None, None]
-        pieces.append(Piece(start, stop, longest, mask))
-    return tuple(pieces)
+
+def _scores(q_BGLK: torch.Tensor, keys_BGCK: torch.Tensor) -> torch.Tensor:
+    """Queries against keys, fp32 [B, G, L, C]."""
+    if keys_BGCK.shape[2] * keys_BGCK.shape[3] < _LONG:
+        return torch.matmul(q_BGLK, keys_BGCK.transpose(-1, -2)).float()
+    return torch.matmul(keys_BGCK, q_BGLK.transpose(-1, -2)).transpose(-1, -2).float()
+
+
+def _stacked(parts: Sequence[torch.Tensor], places: int) -> torch.Tensor:
+    """[G, places of its own, K] of each prompt -> [N, G, places, K]."""
+    heads, _, size = parts[0].shape
+    out = _room(parts[0], (len(parts), heads, places, size), parts[0].dtype)
+    for own, part in zip(out, parts, strict=True):
+        own[:, : part.shape[1]] = part
+    return out
 
 
 def _room(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -15,8 +15,9 @@ import torch
 
 from models.blocks.router import Tokens
 from models.decoder import Decoder, Layer
-from models.generation.cache import Cache, LayerCache, pieces_of
-from models.generation.forward import attended, embedded, feed_forward, logits_of, normed_states, rms_norm
+from models.generation.cache import Cache, LayerCache
+from models.generation.forward import Turn, attended, embedded, feed_forward, logits_of, normed_states, rms_norm
+from models.generation.pieces import pieces_of
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,21 @@ def extend(
     positions = [n + before + i for n, count in zip(cached, counts, strict=True) for i in range(count)]
     # Dynamic scaling turns a token by the length at which it comes, however many come together.
     after = [position + 1 for position in positions]
-    cos, sin = model.rope.tables(torch.tensor(positions, device=device), after, [1] * len(after))
+    shifts = [cache.shifted(slot) for slot, count in enumerate(counts) for _ in range(count)]
+    places = torch.tensor([n + by for n, by in zip(positions, shifts, strict=True)], device=device)
+    cos, sin = model.rope.tables(places, after, [1] * len(after))
     tokens_T = torch.tensor(list(chain.from_iterable(tokens)), device=device)
     routed = Tokens.of(tokens_T, range(len(after) + 1), None, model.place)
     meetings = {
         window: _meeting(cached, counts, before, window, device) for window in {own.window for own in cache.layers}
     }
     hidden, made = embedded(model, tokens_T), []
+    turn = Turn.of(cos, sin, hidden)
     for index, (layer, own) in enumerate(zip(model.layers.values(), cache.layers, strict=True)):
         assert isinstance(layer, Layer)
         normed, old = rms_norm(layer.attn_norm, hidden), () if tail is None else tail.layers[index]
         meet = _Meet(own, old, meetings[own.window])
-        found = attended(layer.attn, normed, cos, sin, meet)
+        found = attended(layer.attn, normed, turn, meet)
         made.append(meet.tail)
         hidden = feed_forward(layer, layer.attn.out(found, hidden), routed)
     logits = logits_of(model, normed_states(model, hidden))

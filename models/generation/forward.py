@@ -5,6 +5,7 @@ takes its up-projections into query and output (DeepSeek-AI 2024, section 2.1.2)
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -20,6 +21,7 @@ from models.blocks.router import Tokens
 from models.blocks.virtual import Given, Prompt, lengthened
 from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache, Plan
+from models.generation.sight import Sight, looked, turned_by
 from models.heads import LMHead
 from parallel.matmul import compute_dtype
 
@@ -30,17 +32,22 @@ where the new tokens go and whom they see."""
 
 @torch.no_grad()
 def prefill(
-    model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache, gather: bool = True
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    cache: Cache,
+    gather: bool = True,
+    sights: Sequence[Sight | None] | None = None,
 ) -> torch.Tensor:
     """Run prompts, put them into their slots, and give the logits after each, fp32 [N, V]. No prompt is empty.
 
-    `gather` as in `logits_of`.
+    `gather` as in `logits_of`, `sights` as in `prompt_states`.
     """
-    hidden, ends_N = prompt_states(model, prompts, slots, cache)
+    hidden, ends_N = prompt_states(model, prompts, slots, cache, sights)
     return logits_of(model, normed_states(model, hidden[ends_N]), gather)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(
     model: Decoder, tokens: Sequence[int], lengths: Sequence[int], cache: Cache, gather: bool = True
 ) -> torch.Tensor:
@@ -53,11 +60,18 @@ def decode(
 
 @torch.no_grad()
 def prompt_states(
-    model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    cache: Cache,
+    sights: Sequence[Sight | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run prompts and put them into their slots: the last layer's output for all tokens [T, D], and where in it the
-    prompts end [N]."""
+    prompts end [N]. `sights`: what each shows; None = nothing."""
     device = cache.layers[0].keys.device
+    sights = [None] * len(prompts) if sights is None else sights
+    cache.clear(slots)
+    cache.shift(slots, [0 if sight is None else sight.shift for sight in sights])
     lengths = [len(prompt) for prompt in prompts]
     borders = (0, *accumulate(lengths))
     ends_N = torch.tensor(borders[1:], device=device) - 1
@@ -65,11 +79,15 @@ def prompt_states(
     given = Given(tokens_T, torch.cat([torch.arange(n, device=device) for n in lengths]), borders)
     virtual = model.virtual if isinstance(model.virtual, Prompt) and model.virtual.on else None
     longer = None if virtual is None else lengthened(given, virtual.count)
-    if longer is not None:
-        given = longer.given
-    packing = model.packing_of(given.tokens_T, given.positions_T, given.cu_seqlens)
+    rotary_3T = turned_by(sights, lengths, model.cfg, device)
+    own_T = None
+    if virtual is not None and longer is not None:
+        given, own_T = longer.given, longer.own_T
+        if rotary_3T is not None:
+            rotary_3T = given.positions_T.repeat(3, 1).index_copy_(1, own_T, rotary_3T + virtual.count)
+    packing = model.packing_of(given.tokens_T, given.positions_T, given.cu_seqlens, None, rotary_3T)
     tokens = Tokens.of(given.tokens_T, packing.borders, None, model.place)
-    hidden = embedded(model, given.tokens_T)
+    hidden = looked(model, embedded(model, given.tokens_T), sights, borders[:-1], own_T)
     if virtual is not None and longer is not None:
         hidden = virtual(hidden, longer.virtual_L)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
@@ -89,14 +107,16 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
     device = cache.layers[0].keys.device
     tokens_B, after = torch.tensor(tokens, device=device), [cache.ahead + n + 1 for n in lengths]
     # Dynamic scaling turns a token by the length at which it came, as transformers does.
-    cos, sin = model.rope.tables(torch.tensor(after, device=device) - 1, after, [1] * len(after))
+    positions = [n - 1 + cache.shifted(slot) for slot, n in enumerate(after)]
+    cos, sin = model.rope.tables(torch.tensor(positions, device=device), after, [1] * len(after))
     plans = cache.plans(after, device)
     routed = Tokens.of(tokens_B, range(len(after) + 1), None, model.place)
     hidden = embedded(model, tokens_B)
+    turn = Turn.of(cos, sin, hidden)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
         normed, plan = rms_norm(layer.attn_norm, hidden), plans[own.window]
-        found = attended(layer.attn, normed, cos, sin, partial(_meet_cache, own, plan))
+        found = attended(layer.attn, normed, turn, partial(_meet_cache, own, plan))
         hidden = layer.attn.out(found, hidden)
         hidden = feed_forward(layer, hidden, routed)
     return hidden
@@ -128,7 +148,10 @@ def embedded(model: Decoder, tokens_T: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """`norm(x)` as one call of torch: in a step of few rows calls are what the small operations cost."""
-    return F.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.eps).to(compute_dtype(x))
+    weight, dtype = norm.weight, compute_dtype(x)
+    if x.dtype is weight.dtype is dtype is torch.float32:
+        return F.rms_norm(x, weight.shape, weight, norm.eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), norm.eps).to(dtype)
 
 
 def feed_forward(layer: Layer, hidden_TD: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -164,27 +187,48 @@ def _prompts(
     return attn.out(attention(qkv, packing, heads, attn.back_end, attn.prefix), hidden)
 
 
-def attended(
-    attn: Attention | LatentAttention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meet: Meet
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Turn:
+    """Rotation of new tokens, made ready once for all layers; cos and sin fp32 [T, K / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    factors: tuple[torch.Tensor, torch.Tensor]
+    """Of both halves, cos [T, 1, 1, K / 2], and of the other one, (-sin, sin) [T, 1, 2, K / 2]; in the heads' dtype."""
+
+    @staticmethod
+    def of(cos: torch.Tensor, sin: torch.Tensor, like: torch.Tensor) -> "Turn":
+        """For heads that come of hidden states `like` this."""
+        dtype = compute_dtype(like)
+        both = torch.stack([-sin, sin], 1)[:, None]
+        return Turn(cos, sin, (cos[:, None, None].to(dtype), both.to(dtype)))
+
+    def halves_(self, heads_THK: torch.Tensor) -> None:
+        """`rotate_` in three operations."""
+        halves = heads_THK.unflatten(2, (2, -1))
+        other = halves.flip(2)
+        halves.mul_(self.factors[0]).addcmul_(other, self.factors[1])
+
+
+def attended(attn: Attention | LatentAttention, normed: torch.Tensor, turn: "Turn", meet: Meet) -> torch.Tensor:
     """What the heads of new tokens find, [T, H V]."""
     if isinstance(attn, LatentAttention):
-        return _latent_step(attn, normed, cos, sin, meet)
-    return _step(attn, normed, cos, sin, meet)
+        return _latent_step(attn, normed, turn.cos, turn.sin, meet)
+    return _step(attn, normed, turn, meet)
 
 
 def _meet_cache(
     own: LayerCache, plan: Plan, q_BHK: torch.Tensor, new: tuple[torch.Tensor, ...], scale: float
 ) -> torch.Tensor:
-    own.append(plan.place_B, new[0], new[1] if len(new) > 1 else None)
+    own.append(plan.place_BG, new[0], new[1] if len(new) > 1 else None)
     return own.attend(q_BHK, plan.pieces, scale)
 
 
-def _step(attn: Attention, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, meet: Meet) -> torch.Tensor:
-    qkv, heads = _qkv(attn, normed), attn.heads
-    qk = qkv[:, : heads.parts[0] + heads.parts[1]]
-    rotate_(qk.unflatten(1, (-1, heads.dim)), cos.to(qkv.dtype), sin.to(qkv.dtype))
-    q, k, v = (x.unflatten(1, (-1, heads.dim)) for x in qkv.split(heads.parts, 1))
+def _step(attn: Attention, normed: torch.Tensor, turn: Turn, meet: Meet) -> torch.Tensor:
+    heads = attn.heads
+    qkv_THK = _qkv(attn, normed).unflatten(1, (-1, heads.dim))
+    turn.halves_(qkv_THK[:, : heads.queries + heads.groups])
+    q, k, v = qkv_THK.split((heads.queries, heads.groups, heads.groups), 1)
     return meet(q, (k, v), heads.dim**-0.5).flatten(1)
 
 

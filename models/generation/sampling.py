@@ -47,9 +47,12 @@ def choose(logits_NV: torch.Tensor, cfg: SamplingConfig, rows: Sequence[Source])
         tokens_N = own_NV.argmax(-1)
         log_probs = torch.zeros(len(rows)) if cfg.log_probs else None
     else:
-        tokens_N = drawn(own_NV.softmax(-1), rows)
-        log_probs = log_prob_of(own_NV, tokens_N) if cfg.log_probs else None
-    model = log_prob_of(logits_NV, tokens_N) if cfg.log_probs else None
+        probs_NV = own_NV.softmax(-1)
+        tokens_N = drawn(probs_NV, rows)
+        log_probs = probs_NV.gather(1, tokens_N[:, None]).squeeze(1).log() if cfg.log_probs else None
+    model = log_probs
+    if cfg.log_probs and (own_NV is not logits_NV or cfg.temperature == 0):
+        model = log_prob_of(logits_NV, tokens_N)
     return Drawn(
         tokens_N.tolist(),
         None if log_probs is None else log_probs.tolist(),
@@ -87,8 +90,11 @@ def penalised(logits_NV: torch.Tensor, cfg: SamplingConfig, rows: Sequence[Sourc
 
 
 def filtered(logits_NV: torch.Tensor, cfg: SamplingConfig) -> torch.Tensor:
-    """The logits over the temperature, -inf where top-k, top-p or min-p leave a token out; always one is left."""
-    out = logits_NV / cfg.temperature
+    """The logits over the temperature, -inf where top-k, top-p or min-p leave a token out; always one is left.
+
+    Where nothing changes, the given tensor itself.
+    """
+    out = logits_NV if cfg.temperature == 1 else logits_NV / cfg.temperature
     if 0 < cfg.top_k < out.shape[1]:
         out = out.masked_fill(out < out.topk(cfg.top_k).values[:, -1:], float("-inf"))
     if cfg.top_p < 1:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from data.tokenizer import load_tokenizer
 from models import ModelConfig, Runtime, config_from_hf_folder
-from models.generation import Generator, GeneratorConfig, SamplingConfig
+from models.generation import Generator, GeneratorConfig, Request, SamplingConfig
 from tests.convert_cases import SMOLLM2
 from tests.numerics.test_hf_parity import DEEPSEEK3, LLAMA, OPTIONS, ROPES, TINY, load_ours, save_theirs
 
@@ -39,16 +39,20 @@ def theirs_of(theirs: Any, prompt: list[int], new: int, stop: int | None = None)
 
 @pytest.mark.parametrize("option", MODELS)
 def test_greedy_equals_transformers(tmp_path: Path, option: str) -> None:
-    """Rows of all lengths, packed and come one after another into the cache, against each prompt alone."""
+    """Rows of all lengths, packed and come one after another into the cache, against each prompt alone. The longest
+    prompt is held once for several rows."""
     cfg = OPTIONS[option]
     theirs = save_theirs(cfg, tmp_path)
     ours = Generator(load_ours(tmp_path, cfg, Runtime()), config=SMALL)
-    prompts = prompts_of(cfg)
-    found = ours.generate(prompts, SamplingConfig(max_new_tokens=NEW))
-    for prompt, made in zip(prompts, found, strict=True):
-        assert list(made.tokens) == theirs_of(theirs, prompt, NEW)
-        assert made.finish == "length" and made.prompt_tokens == tuple(prompt)
-    assert len({made.tokens for made in found}) == len(found)
+    prompts, samples = prompts_of(cfg), [4 if n == max(LENGTHS) else 1 for n in LENGTHS]
+    settings = [SamplingConfig(max_new_tokens=NEW, samples=many) for many in samples]
+    found = ours.generate([Request(*each) for each in zip(prompts, settings, strict=True)])
+    assert [made.sample for made in found] == [i for many in samples for i in range(many)]
+    want = [theirs_of(theirs, prompt, NEW) for prompt in prompts]
+    for made in found:
+        assert list(made.tokens) == want[made.prompt]
+        assert made.finish == "length" and made.prompt_tokens == tuple(prompts[made.prompt])
+    assert len({made.tokens for made in found}) == len(prompts)
 
 
 def test_greedy_equals_transformers_on_smollm2() -> None:

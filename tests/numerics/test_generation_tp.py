@@ -19,7 +19,7 @@ from parallel.config import ParallelConfig
 from parallel.materialise import TensorSource, materialise
 from parallel.sharding import SINGLE, WHOLE
 from tests import cases, generation_cases
-from tests.generation_cases import LENGTHS, NEW, SMALL, TINY, requests_of
+from tests.generation_cases import LENGTHS, NEW, SHARED, SMALL, TINY, requests_of
 from tests.numerics.test_hf_parity import OPTIONS
 from tests.numerics.test_hf_parity import TINY as FAMILIES
 from tests.pool import Pool
@@ -63,7 +63,7 @@ def test_texts_are_those_of_one_process(pool: Pools, name: str, size: int) -> No
     first, *others = pool(size).run(generation_cases.texts, MODELS[name])
     assert all(other == first for other in others)
     assert_same(first, alone(name))
-    assert len({made.tokens for made in first}) == len(first) == len(LENGTHS) + 1
+    assert len({made.tokens for made in first}) == len(first) == len(LENGTHS) + 1 + SHARED
     assert all(len(made.tokens) == NEW for made in first)
 
 
@@ -119,7 +119,7 @@ def test_mistakes_are_told_on_every_rank_and_leave_nobody_waiting(pool: Pools) -
         assert_same(texts, want)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 17, 1 + (1 + len(LENGTHS)) * NEW])
+@pytest.mark.parametrize("steps", [1, 3, 17, 1 + (1 + SHARED + len(LENGTHS)) * NEW])
 def test_a_stream_that_rank_0_leaves_ends_on_all(pool: Pools, steps: int) -> None:
     """In the prompt that cannot be run, among first tokens, among the searches, behind the last one."""
     (taken, texts), *others = pool(2).run(generation_cases.left_early, TINY, steps)
