@@ -40,7 +40,7 @@ def deciding(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _rope(cfg: ModelConfig, rope: RopeConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {"theta": rope.theta, "scaling": rope.scaling}
+    found: dict[str, Any] = {"theta": rope.theta, "scaling": rope.scaling, "sections": rope.sections}
     if rope.scaling == "none":
         return found
     found["factor"] = rope.factor

@@ -116,6 +116,7 @@ class Decoder(nn.Module):
         temperature: float = 1.0,
         branches: Branches | None = None,
         pictures: Pictures | None = None,
+        rotary_3T: torch.Tensor | None = None,
     ) -> Any:
         """Run packed documents.
 
@@ -133,6 +134,9 @@ class Decoder(nn.Module):
             temperature: of the log-probabilities: those of `softmax(logits / temperature)`.
             branches: documents whose first tokens another one holds (`models.blocks.branches`); the borders are those
                 of the tokens that are here.
+            pictures: what the embedding's chunk sees.
+            rotary_3T: int64 [3, T], time, row and column of each token, for a model whose `rope.sections` turn by them;
+                without it all three are its position.
 
         Returns:
             The hidden states [R, D], from a chunk that is not the last. With targets: (`loss_weight` x loss sum, a
@@ -145,7 +149,10 @@ class Decoder(nn.Module):
             given = Given(tokens_T, positions_T, cu_seqlens, targets_T, channel_T, branches)
             longer = lengthened(given, self.virtual.count)
             tokens_T, positions_T, cu_seqlens, targets_T, channel_T, branches = longer.given
-        packing = self.packing_of(tokens_T, positions_T, cu_seqlens, branches)
+            if rotary_3T is not None:  # virtual tokens are text: those behind them count on
+                moved = rotary_3T + self.virtual.count
+                rotary_3T = positions_T.repeat(3, 1).index_copy_(1, longer.own_T, moved)
+        packing = self.packing_of(tokens_T, positions_T, cu_seqlens, branches, rotary_3T)
         if self.embed is not None:
             missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
             hidden_RD = self._embedded(F.pad(tokens_T, (0, missing)) if missing else tokens_T, pictures)
@@ -191,6 +198,7 @@ class Decoder(nn.Module):
         positions_T: torch.Tensor,
         cu_seqlens: torch.Tensor | Sequence[int],
         branches: Branches | None = None,
+        rotary_3T: torch.Tensor | None = None,
     ) -> Packing:
         """What all layers share for these documents, see `forward`."""
         borders = tuple(cu_seqlens.tolist()) if isinstance(cu_seqlens, torch.Tensor) else tuple(cu_seqlens)
@@ -199,6 +207,7 @@ class Decoder(nn.Module):
         place, context, here = self.place, None, lengths
         prefix = self.virtual.ahead if isinstance(self.virtual, Prefix) else 0
         if place.cp.size > 1:
+            assert rotary_3T is None, "context parallel sees no pictures"
             context = Context.of(place.cp, place.context, borders, windows, tokens_T.device)
             here = context.lengths_here
         shared = branches is not None and any(tokens for _, tokens in branches)
@@ -214,7 +223,8 @@ class Decoder(nn.Module):
             positions_T, here = torch.cat([torch.arange(n, device=tokens_T.device) for n in lengths]), lengths
         if prefix:
             positions_T, lengths = positions_T + prefix, [length + prefix for length in lengths]
-        cos_TK, sin_TK = self.rope.tables(positions_T, lengths, here)
+            rotary_3T = None if rotary_3T is None else rotary_3T + prefix
+        cos_TK, sin_TK = self.rope.tables(positions_T, lengths, here, rotary_3T)
         return Packing.of(cos_TK, sin_TK, borders, windows, context, prefix > 0)
 
 

@@ -3,20 +3,31 @@
 A model that sees has two: `family` is its decoder's, `vision.format` that of the whole.
 """
 
-from models import llava, llava_next, seeing
+from models import blip2, internvl, llava, llava_next, qwen2_5_vl, qwen2_vl, seeing
 from models.config import ModelConfig, Problem
 from models.text_families import TEXT_FAMILIES, Family
 
-FAMILIES: dict[str, Family] = {**TEXT_FAMILIES, "llava": llava, "llava_next": llava_next, "loom_vlm": seeing}
+SEEING: dict[str, Family] = {
+    "llava": llava,
+    "llava_next": llava_next,
+    "internvl": internvl,
+    "blip-2": blip2,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "loom_vlm": seeing,
+}
+FAMILIES: dict[str, Family] = TEXT_FAMILIES | SEEING
 
 
 def family_of(cfg: ModelConfig) -> Family:
     """The family whose checkpoints hold the whole model."""
-    return TEXT_FAMILIES[cfg.family] if cfg.vision is None else FAMILIES[MODEL_TYPES[cfg.vision.format]]
+    if cfg.vision is None:
+        return TEXT_FAMILIES[cfg.family]
+    return SEEING[MODEL_TYPES.get(cfg.vision.format, cfg.vision.format)]
 
 
-MODEL_TYPES = {"llava": "llava", "llava_next": "llava_next", "loom": "loom_vlm"}
-"""What config.json calls each `vision.format`."""
+MODEL_TYPES = {"blip2": "blip-2", "loom": "loom_vlm"}
+"""What config.json calls a `vision.format` where it does not have the same name."""
 
 
 def problems(cfg: ModelConfig) -> list[Problem]:

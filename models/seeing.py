@@ -97,6 +97,24 @@ def connector_names(cfg: ModelConfig) -> list[str]:
     return [f"connector.{name}" for name, _ in connection.named_parameters()]
 
 
+def always(cfg: ModelConfig, fixed: Mapping[str, Any]) -> list[Problem]:
+    """The settings that are not as all checkpoints of the model's format have them.
+
+    Args:
+        fixed: the only value of each setting, by its path within `model.vision`.
+    """
+    vision, found = cfg.vision, []
+    assert vision is not None
+    for path, only in fixed.items():
+        section, key = path.split(".")
+        value = getattr(getattr(vision, section), key, only)
+        if value != only:
+            told = str(only).lower() if isinstance(only, bool) else only
+            way = f"model.vision.{path}={told} or model.vision.format=loom"
+            found.append((f"vision.{path}", value, f"is always {told} in {vision.format}", way))
+    return found
+
+
 def renamed(rule: R, prefix: str) -> R:
     """A decoder's rule for a checkpoint in which its tensors begin with `prefix`."""
     if isinstance(rule, Unused):

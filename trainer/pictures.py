@@ -35,7 +35,7 @@ def picture_config(model: ModelConfig) -> PictureConfig | None:
         token=images.token,
         begin=images.begin,
         end=images.end,
-        rotary=vision.format in ("qwen2_vl", "qwen2_5_vl"),
+        rotary=bool(model.rope.sections),
         patch_cost=_weights(tower) / (model.num_layers * _layer_weights(model)),
     )
 

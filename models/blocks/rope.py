@@ -1,7 +1,7 @@
 """Rotary position embedding and its scalings, in fp32, equal to what `transformers` computes.
 
 Sources: Su et al. 2021 (RoFormer); linear: Chen et al. 2023 (position interpolation); dynamic: NTK-aware scaling as in
-`transformers`; yarn: Peng et al. 2023; llama3: the Llama 3.1 reference code.
+`transformers`; yarn: Peng et al. 2023; llama3: the Llama 3.1 reference code; sections: Wang et al. 2024 (Qwen2-VL).
 """
 
 import math
@@ -22,12 +22,17 @@ class Rope:
         self._frequencies: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def tables(
-        self, positions_T: torch.Tensor, doc_lengths: Sequence[int], here: Sequence[int] | None = None
+        self,
+        positions_T: torch.Tensor,
+        doc_lengths: Sequence[int],
+        here: Sequence[int] | None = None,
+        rotary_3T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each fp32 [T, K / 2], for documents of `doc_lengths` lying one after another.
 
         Dynamic scaling depends on a document's own length, not on what else is packed beside it. `here`: how many of
-        each document's tokens `positions_T` are of, where not all.
+        each document's tokens `positions_T` are of, where not all. `rotary_3T`: time, row and column of each token, by
+        which the model's sections turn; without it all three are the position.
         """
         device = positions_T.device
         if self.rope.scaling == "dynamic" and max(doc_lengths) > self.trained_len:
@@ -36,7 +41,11 @@ class Rope:
             frequency = rows.repeat_interleave(repeats, 0, output_size=positions_T.shape[0])
         else:
             frequency = self._frequency(device, self.trained_len)
-        angle_TK = positions_T[:, None].float() * frequency
+        places_TK = positions_T[:, None]
+        if self.rope.sections and rotary_3T is not None:
+            axes_K = torch.arange(3).repeat_interleave(torch.tensor(self.rope.sections)).to(device)
+            places_TK = rotary_3T[axes_K].T
+        angle_TK = places_TK.float() * frequency
         factor = attention_factor(self.rope)
         cos, sin = angle_TK.cos(), angle_TK.sin()
         return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)

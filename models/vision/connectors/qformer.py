@@ -46,7 +46,7 @@ class QFormer(nn.Module):
         own, features = cfg.connector, cfg.tower.hidden_size
         assert isinstance(own, QFormerConfig)
         self.recompute = recompute
-        self.queries = parameter((own.queries, own.hidden_size), REPLICATED, "normal", place)
+        self.queries = parameter((1, own.queries, own.hidden_size), REPLICATED, "normal", place)  # as its checkpoints
         self.norm = LayerNorm(own.hidden_size, own.norm_eps, place)
         self.layers = nn.ModuleList(QFormerLayer(own, i, features, place) for i in range(own.num_layers))
         self.proj = Linear(own.hidden_size, width, True, place)
@@ -56,7 +56,7 @@ class QFormer(nn.Module):
 
     def read(self, features: torch.Tensor, tiles: int) -> torch.Tensor:
         """What the queries of each tile have read, [B Q, W]."""
-        x = of_each_tile(self.norm(self.queries), tiles)
+        x = of_each_tile(self.norm(self.queries[0]), tiles)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, features, tiles, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,160 @@
+"""BLIP-2 (Li et al. 2023): its own vision transformer, a Q-Former of learnt queries, a linear layer, and any decoder
+that is here (the published ones have OPT and Flan-T5, which are not)."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from models.config import ModelConfig, Problem
+from models.hf_config import required
+from models.llava import ACTIVATIONS, canonical, images_of, token_of, with_eyes
+from models.rules import Concat, Rename, Rule, Tie, Unused
+from models.seeing import always, renamed, text_config
+from models.text_families import TEXT_FAMILIES
+from models.vision.config import QFormerConfig, TowerConfig, VisionConfig
+from models.vision.rules import tower_rules
+
+__all__ = ["canonical", "from_hf_config", "problems", "rules", "to_hf_config"]
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 1408,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 39,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": True,
+}
+QFORMER: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "cross_attention_frequency": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
+"""What both leave out because transformers fills it in."""
+
+
+def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Our sizes from the content of a config.json of type `blip-2`.
+
+    Raises:
+        ValueError: its decoder is not here (OPT, T5).
+    """
+    decoder = (config.get("text_config") or {}).get("model_type", "opt")
+    if decoder not in TEXT_FAMILIES:
+        known = ", ".join(TEXT_FAMILIES)
+        raise ValueError(
+            f"config.json has a text_config of model_type={decoder!r}, which is not a decoder here ({known}). Its "
+            "tower and Q-Former can be put before another: model=blip2_vicuna_7b has them"
+        )
+    given, asked = SIZES | dict(required(config, "vision_config")), QFORMER | dict(required(config, "qformer_config"))
+    if asked.get("use_qformer_text_input"):
+        raise ValueError("config.json has use_qformer_text_input=true (InstructBLIP); the queries here read no words")
+    if asked["hidden_act"] != "gelu":
+        raise ValueError(f"config.json asks for a Q-Former with hidden_act={asked['hidden_act']!r}; gelu can be")
+    tower = TowerConfig(
+        kind="blip2",
+        hidden_size=given["hidden_size"],
+        intermediate_size=given["intermediate_size"],
+        num_layers=given["num_hidden_layers"],
+        num_heads=given["num_attention_heads"],
+        patch_size=given["patch_size"],
+        image_size=given["image_size"],
+        norm_eps=float(given["layer_norm_eps"]),
+        activation=ACTIVATIONS[given["hidden_act"]],
+        final_norm=True,
+        keep_class=True,
+        qkv_bias=given["qkv_bias"],
+    )
+    connector = QFormerConfig(
+        queries=config.get("num_query_tokens", 32),
+        hidden_size=asked["hidden_size"],
+        intermediate_size=asked["intermediate_size"],
+        num_layers=asked["num_hidden_layers"],
+        num_heads=asked["num_attention_heads"],
+        cross_every=asked["cross_attention_frequency"],
+        norm_eps=float(asked["layer_norm_eps"]),
+    )
+    images = images_of(config, mode="fixed", fit="squash")
+    return with_eyes(config, VisionConfig("blip2", tower, connector, images))
+
+
+def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
+    """The content of a config.json of type `blip-2`."""
+    vision = cfg.vision
+    assert vision is not None and isinstance(vision.connector, QFormerConfig)
+    tower, qformer = vision.tower, vision.connector
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    return {
+        "model_type": "blip-2",
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "text_config": text_config(cfg),
+        "vision_config": {
+            "model_type": "blip_2_vision_model",
+            "hidden_size": tower.hidden_size,
+            "intermediate_size": tower.intermediate_size,
+            "num_hidden_layers": tower.num_layers,
+            "num_attention_heads": tower.num_heads,
+            "patch_size": tower.patch_size,
+            "image_size": tower.image_size,
+            "layer_norm_eps": tower.norm_eps,
+            "hidden_act": activations[tower.activation],
+            "qkv_bias": tower.qkv_bias,
+        },
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            "hidden_size": qformer.hidden_size,
+            "intermediate_size": qformer.intermediate_size,
+            "num_hidden_layers": qformer.num_layers,
+            "num_attention_heads": qformer.num_heads,
+            "cross_attention_frequency": qformer.cross_every,
+            "layer_norm_eps": qformer.norm_eps,
+            "encoder_hidden_size": tower.hidden_size,
+        },
+        "num_query_tokens": qformer.queries,
+        "image_token_index": token_of(cfg),
+    }
+
+
+def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
+    """Every tensor of the model."""
+    vision = cfg.vision
+    assert vision is not None and isinstance(vision.connector, QFormerConfig)
+    yield from tower_rules(vision.tower, "vision_model.")
+    yield Rename("connector.body.queries", "query_tokens")
+    yield from _qformer(vision.connector)
+    yield from _both("connector.body.proj", "language_projection")
+    yield from (renamed(rule, "language_model.") for rule in TEXT_FAMILIES[cfg.family].rules(cfg))
+
+
+def problems(cfg: ModelConfig) -> list[Problem]:
+    """Settings that BLIP-2's checkpoints cannot express."""
+    fixed = {"tower.kind": "blip2", "tower.feature_layer": -1, "tower.final_norm": True, "tower.keep_class": True}
+    return always(cfg, fixed | {"connector.name": "qformer", "connector.vocab_size": 0, "images.mode": "fixed"})
+
+
+def _both(ours: str, hf: str) -> Iterator[Rule]:
+    for kind in ("weight", "bias"):
+        yield Rename(f"{ours}.{kind}", f"{hf}.{kind}")
+
+
+def _qformer(cfg: QFormerConfig) -> Iterator[Rule]:
+    yield from _both("connector.body.norm", "qformer.layernorm")
+    for i in range(cfg.num_layers):
+        own, theirs = f"connector.body.layers.{i}.", f"qformer.encoder.layer.{i}."
+        reads = {"cross": "crossattention"} if i % cfg.cross_every == 0 else {}
+        for ours, hf in ({"attn": "attention"} | reads).items():
+            inner = f"{theirs}{hf}.attention."
+            yield from _both(f"{own}{ours}.q", f"{inner}query")
+            for kind in ("weight", "bias"):
+                yield Concat(f"{own}{ours}.kv.{kind}", (f"{inner}key.{kind}", f"{inner}value.{kind}"),
+                             (cfg.hidden_size,) * 2)  # fmt: skip
+            yield from _both(f"{own}{ours}.out", f"{theirs}{hf}.output.dense")
+            yield from _both(f"{own}{ours}_norm", f"{theirs}{hf}.output.LayerNorm")
+        yield from _both(f"{own}mlp.up", f"{theirs}intermediate_query.dense")
+        yield from _both(f"{own}mlp.down", f"{theirs}output_query.dense")
+        yield from _both(f"{own}mlp_norm", f"{theirs}output_query.LayerNorm")
