@@ -198,7 +198,7 @@ class ModelConfig:
             found.append(("moe.first_dense", self.moe.first_dense, reason, "model.moe.first_dense=0"))
         if self.moe is not None and self.mlp_bias:
             found.append(("mlp_bias", True, "experts have no biases", "model.mlp_bias=false"))
-        return found + (self.vision.problems(self.hidden_size) if self.vision else [])
+        return found + (self.vision.problems() if self.vision else [])
 
     def _size_problems(self) -> list[Problem]:
         sizes = (
