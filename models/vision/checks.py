@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from models.vision.connector_checks import connector_problems
 from models.vision.image_checks import image_problems
 
 if TYPE_CHECKING:
@@ -22,11 +23,15 @@ OWNERS: dict[str, tuple[tuple[str, ...], object, str]] = {
 """Fields that only some kinds of tower know, and what the others have."""
 
 
-def vision_problems(cfg: VisionConfig) -> list[Problem]:
-    """Those of the tower, of the pictures, and of both together."""
+def vision_problems(cfg: VisionConfig, width: int) -> list[Problem]:
+    """Those of the tower, of the connector, of the pictures, and of several together; `width` is the decoder's."""
     found = [
         (f"vision.tower.{key}", value, reason, f"model.vision.tower.{way}")
         for key, value, reason, way in tower_problems(cfg.tower, cfg.connector.block)
+    ]
+    found += [
+        (f"vision.connector.{key}", value, reason, f"model.vision.connector.{way}")
+        for key, value, reason, way in connector_problems(cfg, width)
     ]
     native = cfg.images.mode == "native"
     if native != cfg.tower.native:

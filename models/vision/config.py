@@ -244,9 +244,9 @@ class VisionConfig:
     connector: ConnectorConfig
     images: ImageConfig
 
-    def problems(self) -> list[Problem]:
-        """Every value that cannot work, as (key, value, reason, way out)."""
-        return vision_problems(self)
+    def problems(self, width: int) -> list[Problem]:
+        """Every value that cannot work with a decoder of hidden size `width`, as (key, value, reason, way out)."""
+        return vision_problems(self, width)
 
     @property
     def shared(self) -> list[tuple[str, int]]:

@@ -36,7 +36,7 @@ BAD: list[tuple[dict[str, Any], str, object, str, str]] = [
 
 
 def told(cfg: VisionConfig) -> list[Problem]:
-    return cfg.problems()
+    return cfg.problems(64)
 
 
 @pytest.mark.parametrize("change, key, value, reason, way", BAD)
