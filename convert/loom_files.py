@@ -12,7 +12,7 @@ A piece is a flat fp32 range of the part of a parameter that one cut gives. `tra
 import json
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from convert.from_hf import hf_shapes, weight_rules, whole_shapes
 from convert.opened import Opened
 from convert.stored import StoredTensor, read_header
 from models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from models.seeing import vision_of
 from parallel.materialise import TensorSource
 from parallel.sharding import Cut, Shard
 
@@ -241,6 +242,10 @@ def open_loom(path: str | Path) -> Opened:
         from convert.adapter_runs import open_adapter_run  # which opens the base, perhaps a run as well
 
         return open_adapter_run(checkpoint, cfg)
+    if checkpoint.state.get("parts") is not None:
+        from convert.part_runs import open_part_run  # the same
+
+        return open_part_run(checkpoint, cfg)
     rules, shapes = weight_rules(cfg)[0], whole_shapes(cfg)
     unequal = [name for name in {**shapes, **checkpoint.tensors} if not _has(checkpoint, name, shapes.get(name))]
     if unequal:
@@ -269,12 +274,18 @@ def _has(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> bo
     return name in checkpoint.tensors and checkpoint.tensors[name].shape == shape
 
 
+def _section(cls: type) -> Callable[[dict[str, Any]], Any]:
+    return lambda given: cls(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    )
+
+
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """The model as the run saved it beside its weights."""
-    inner = {"rope": RopeConfig, "moe": MoEConfig, "mla": MLAConfig}
+    inner = {"rope": _section(RopeConfig), "moe": _section(MoEConfig), "mla": _section(MLAConfig), "vision": vision_of}
     try:
         given = dict(checkpoint.state["model"])
-        given |= {key: inner[key](**given[key]) for key in inner if given.get(key) is not None}
+        given |= {key: inner[key](given[key]) for key in inner if given.get(key) is not None}
         return ModelConfig(**given)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

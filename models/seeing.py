@@ -33,15 +33,21 @@ CONNECTORS = (
 
 def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
     """Our sizes from the content of a config.json of type `loom_vlm`."""
-    theirs = required(config, "connector_config")
-    connector = next(each for each in CONNECTORS if theirs.get("name") in _names(each))
-    vision = VisionConfig(
-        format="loom",
-        tower=TowerConfig(**_tuples(required(config, "vision_config"))),
-        connector=connector(**theirs),
-        images=ImageConfig(**_tuples(required(config, "images"))),
-    )
+    keys = {"tower": "vision_config", "connector": "connector_config", "images": "images"}
+    vision = vision_of({"format": "loom"} | {ours: required(config, theirs) for ours, theirs in keys.items()})
     return dataclasses.replace(decoder_of(config), vision=vision)
+
+
+def vision_of(given: Mapping[str, Any]) -> VisionConfig:
+    """The section as JSON has it, lists in place of tuples."""
+    theirs = given["connector"]
+    connector = next(each for each in CONNECTORS if theirs.get("name") in _names(each))
+    return VisionConfig(
+        format=given["format"],
+        tower=TowerConfig(**_tuples(given["tower"])),
+        connector=connector(**theirs),
+        images=ImageConfig(**_tuples(given["images"])),
+    )
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:

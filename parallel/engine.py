@@ -24,7 +24,7 @@ from parallel.gradients import global_norm, sum_over_tp
 from parallel.groups import ALL_DATA, Groups
 from parallel.loss_scale import LossScale
 from parallel.materialise import TensorSource, materialise
-from parallel.sharding import name_of
+from parallel.sharding import is_idle, name_of
 from parallel.state import Fragment, TrainingState
 from parallel.switch import switched_off
 
@@ -101,6 +101,7 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(root, list(layer_types))
         has_experts = mark_experts(root, groups)
         self.optimizer = optimizer(root)
+        self._idle = [param for _, param in self.named_parameters() if is_idle(param)]
         self._dropouts = [module for module in root.modules() if isinstance(module, Dropout)]
         self.loss_scale = LossScale(dynamic=cfg.precision == "fp16")
         self.ds = start(root, self.optimizer, config, groups, has_experts)
@@ -154,7 +155,7 @@ class Engine:
             forward: ``(model, micro_batch, weight) -> (loss, metrics)`` where ``loss`` is already ``weight`` times a
                 sum; the metrics come back untouched.
             count: what the loss is divided by: the valid tokens (or pairs) of the whole global batch.
-            lr: learning rate of this step.
+            lr: learning rate of this step; a group of the optimizer with an ``lr_scale`` has that times as much.
 
         Raises:
             ValueError: the global batch has nothing to learn from.
@@ -164,7 +165,7 @@ class Engine:
                 "this global batch has no valid token on any rank: its loss is 0 / 0. Check the data gate's table."
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         for dropout in self._dropouts:
             dropout.step = self.optimizer_steps
         scale = self.loss_scale.value
@@ -197,6 +198,8 @@ class Engine:
         """The schedule leaves whole fp32 gradients in ``param.grad``; they are reduced here, once."""
         assert self.pipeline is not None
         metrics = self.pipeline.train(micro_batches, forward, weight)
+        for param in self._idle:  # no graph reaches it, and it counts steps
+            param.grad = torch.zeros_like(param)
         self._sum_tied_ends()
         self.ds.set_gradient_accumulation_boundary(True)
         if self.cfg.zero:

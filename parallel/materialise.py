@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from parallel.sharding import REPLICATED, WHOLE, Cut, Shard, name_of, shard_of
+from parallel.sharding import REPLICATED, WHOLE, Cut, Shard, is_idle, name_of, shard_of
 
 
 class TensorSource(Protocol):
@@ -70,7 +70,8 @@ def materialise(
     for module in model.modules():
         fresh = [p for p in module.parameters(recurse=False) if id(p) not in done]
         for param in fresh:
-            fill_(param, source.part(names[id(param)], shard_of(param), cut), device)
+            local = torch.zeros(param.shape) if is_idle(param) else source.part(names[id(param)], shard_of(param), cut)
+            fill_(param, local, device)
             done.add(id(param))
         if isinstance(module, Packs):
             module.pack()

@@ -25,7 +25,7 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from parallel.config import ParallelConfig
 from parallel.later import Later
 from parallel.schedules import Name, stage_ids
-from parallel.sharding import Axis
+from parallel.sharding import Axis, is_idle
 from parallel.step_clock import StepClock, StepTime
 from parallel.switch import Lengthens
 from parallel.torch_schedules import ForwardOnly, training_schedule
@@ -295,7 +295,9 @@ class Pipeline:
 
 def _passes_gradient(chunks: Mapping[int, nn.Module], pp: Axis) -> list[bool]:
     """For each stage of the pipeline, whether it or any before it trains something."""
-    mine = {stage: any(p.requires_grad for p in chunk.parameters()) for stage, chunk in chunks.items()}
+    mine = {
+        stage: any(p.requires_grad and not is_idle(p) for p in chunk.parameters()) for stage, chunk in chunks.items()
+    }
     everyone: list[Any] = [None] * pp.size
     dist.all_gather_object(everyone, mine, group=pp.group)
     trains = {stage: trained for rank in everyone for stage, trained in rank.items()}

@@ -7,15 +7,17 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from data.batch import Document, MicroBatch, Row, collate, split_rows
+from data.pictures.types import Pictures
 from models import ModelConfig
 from models.init import InitSource
+from models.parts import ALL, PartsConfig
 from models.routing import RouterBook, RouterReport
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine
@@ -59,6 +61,9 @@ class Rows:
     """There are two different tokens only, so that a router sends them to the same few experts."""
     pretrain: bool = False
     """Every token is learnt; else from one to all of a document's."""
+    pictures: Literal["tiles", "queries", "native"] | None = None
+    """Some documents show some: 2 x 2 patches of 4 pixels that give 4 features, or 3, or blocks of frames of any size
+    that give one each. Most have none, some many; every fourth step has none at all."""
 
 
 UNEVEN = Rows()
@@ -76,9 +81,33 @@ def uneven_rows(step: int, count: int = 8, kind: Rows = UNEVEN) -> list[list[Doc
             learn = np.zeros(length, dtype=bool)
             learn[1 if kind.pretrain or index % 2 == 0 else -1 :] = True
             tokens = random.integers(0, TINY.vocab_size, size=length)
-            row.append(Document(tokens % 2 if kind.alike else tokens, learn, channel))
+            shown, features = _pictures(random, int(length), kind.pictures if step % 4 < 3 else None)
+            tokens = tokens % 2 if kind.alike else tokens
+            row.append(Document(tokens, learn, channel, pictures=shown, features=features))
         rows.append(row if kind.packed else row[:1])
     return rows
+
+
+def _pictures(
+    random: np.random.Generator, length: int, kind: Literal["tiles", "queries", "native"] | None
+) -> tuple[Pictures | None, int]:
+    """None to many pictures for a document of so many tokens, and how many features they have."""
+    if kind is None or random.random() < 0.6:
+        return None, 0
+    grids: list[tuple[int, int]] = []
+    each = {"tiles": 4, "queries": 3, "native": 1}[kind]
+    for _ in range(random.choice([1, 2, 6])):
+        grids.append((2, int(random.choice([2, 4, 6]))) if kind == "native" else (2, 2))
+    counts = [each if kind != "native" else columns // 2 for _, columns in grids]
+    while sum(counts) > length - 1:
+        counts, grids = counts[:-1], grids[:-1]
+    if not grids:
+        return None, 0
+    features, patches = sum(counts), sum(rows * columns for rows, columns in grids)
+    patches_PX = random.standard_normal((patches, 3 * (2 if kind == "native" else 1) * 16)).astype(np.float32)
+    slots = np.sort(random.choice(length, features, replace=False))
+    shown = Pictures(torch.from_numpy(patches_PX), tuple(grids), torch.from_numpy(slots), torch.arange(features))
+    return shown, features
 
 
 def my_micro_batches(step: int, groups: Groups, micro_rows: int, kind: Rows = UNEVEN) -> list[MicroBatch]:
@@ -141,12 +170,13 @@ def train(
     rows: Rows = UNEVEN,
     eps: float = 1e-4,
     lr: float = 1e-2,
+    parts: PartsConfig = ALL,
 ) -> dict[str, Any]:
     """Train the tiny model; losses, norms, per-channel numbers, first-step gradients and final weights."""
     groups = here(layout)
     cfg = model or dataclasses.replace(TINY, tied_embeddings=tied)
     # A large eps keeps Adam from blowing rounding noise of vanishing gradients up to a whole step.
-    optim = OptimConfig(lr=lr, clip=clip, eps=eps)
+    optim = OptimConfig(lr=lr, clip=clip, eps=eps, parts=parts)
     engine_cfg = EngineConfig(zero=zero, precision=precision, recompute=recompute, offload_optimizer=offload)
     saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
     engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3), layout)
@@ -187,7 +217,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def relative(a: Sequence[float], b: Sequence[float]) -> float:
     """Largest relative difference of two series."""
-    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+    return max(abs(x - y) / max(abs(x), 1e-12) for x, y in zip(a, b, strict=True))
 
 
 def accumulate_equal(zero: Any, times: int, layout: ParallelConfig = ALL_DATA) -> float:

@@ -19,12 +19,13 @@ from models.balance import chunks_of
 from models.config import ModelConfig
 from models.decoder import Decoder, Layer
 from models.init import InitSource
+from models.parts import ALL, PartsConfig, freeze, give_idle, trained_of
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine, Forward
 from parallel.frozen import Frozen
 from parallel.groups import ALL_DATA, Groups
 from parallel.materialise import TensorSource
-from trainer import adapters, folders
+from trainer import adapters, folders, parts
 from trainer.config import RunConfig
 from trainer.optim import OptimConfig, decay_groups
 
@@ -51,8 +52,13 @@ def make_engine(
     ``row_length`` is the usual number of tokens of a row, by which pipeline stages are balanced. With an ``adapter``
     nothing else is trained; its dropout follows from ``seed``.
     """
-    chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
-    if adapter is not None:
+    chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length, optim.parts if adapter is None else ALL)
+    if adapter is None:
+        for chunk in chunks:
+            freeze(chunk, optim.parts, engine_cfg.zero == 3)
+        if not any(param.requires_grad for chunk in chunks for param in chunk.parameters()):
+            give_idle(chunks[0])
+    else:
         for chunk in chunks:
             attach(chunk, adapter, seed)
             if engine_cfg.zero == 3 or model_cfg.moe is not None:
@@ -93,15 +99,17 @@ def make_chunks(
     groups: Groups,
     layout: ParallelConfig = ALL_DATA,
     row_length: int | None = None,
+    parts: PartsConfig = ALL,
 ) -> list[Decoder]:
-    """The pipeline stages of this rank, or the model, on the meta device."""
+    """The pipeline stages of this rank, or the model, on the meta device; balanced for training ``parts`` of it."""
     on_gpu, token_bytes = groups.device.type == "cuda", 4 * model_cfg.vocab_size
     chunk = engine_cfg.loss_chunk or max((GPU_LOGITS_BYTES if on_gpu else CPU_LOGITS_BYTES) // token_bytes, 64)
     keep = (GPU_KEPT_BYTES if on_gpu else CPU_KEPT_BYTES) * groups.tp.size // token_bytes
     runtime = models.Runtime(engine_cfg.attention, engine_cfg.recompute, chunk, keep)
     whole = [models.Chunk.whole(model_cfg)]
-    parts = chunks_of(model_cfg, layout, groups.pp.rank, row_length) if layout.pp > 1 else whole
-    return [models.build(model_cfg, groups.place(layout), runtime, part) for part in parts]
+    trained = trained_of(model_cfg, parts)
+    chosen = chunks_of(model_cfg, layout, groups.pp.rank, row_length, trained) if layout.pp > 1 else whole
+    return [models.build(model_cfg, groups.place(layout), runtime, part) for part in chosen]
 
 
 def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -110,14 +118,15 @@ def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def weights_of(cfg: RunConfig, saved: Checkpoint | None) -> TensorSource:
-    """The weights to train: those of the checkpoint a run goes on from, or what it starts from; with an adapter both.
+    """The weights to train: those of the checkpoint a run goes on from, or what it starts from; with an adapter,
+    or where only parts are trained, both.
 
     Raises:
         ValueError: the tensors in init_from are not the model's.
     """
     if cfg.adapter is not None:
         return adapters.weights(cfg, fresh_weights(cfg), saved)
-    return saved or fresh_weights(cfg)
+    return parts.weights(cfg, functools.partial(fresh_weights, cfg), saved)
 
 
 def fresh_weights(cfg: RunConfig) -> TensorSource:

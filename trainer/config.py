@@ -20,7 +20,7 @@ from models.adapters.config import BitfitConfig, Ia3Config, LoraConfig
 from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
-from trainer import adapters, chain, layouts
+from trainer import adapters, chain, layouts, parts
 from trainer.folders import folder_problem, model_in, nearby, other_model, tokenizer_problem
 from trainer.layout_rules import Layout, broken
 from trainer.logging.config import LogConfig
@@ -135,7 +135,12 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
     machine = machine or Machine.here()
     rules = (_layout, _batch, _length, _training_length, _schedule, _stage, _start, _reference, _tokenizer, _resume)
     crossing = [problem for rule in rules for problem in rule(cfg, world_size)] + _engine(cfg, machine)
-    crossing += adapters.problems(cfg) + rl_checks.problems(cfg, world_size) + chain.problems(chain.link_of(cfg))
+    crossing += (
+        adapters.problems(cfg)
+        + parts.problems(cfg)
+        + rl_checks.problems(cfg, world_size)
+        + chain.problems(chain.link_of(cfg))
+    )
     told = {problem.key for problem in crossing}  # a rule over several sections says more than the section alone
     return [problem for problem in own_problems(cfg) if problem.key not in told] + crossing
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from models import build
 from models.adapters.attach import attach
+from models.parts import freeze
 from parallel.groups import Groups
 from parallel.schedules import formula_idle_share
-from trainer import chain, virtual_adapters
+from trainer import chain, parts, virtual_adapters
 from trainer.config import RunConfig, ignored
 from trainer.logging.log import Log, NullLog, RunLog
 
@@ -54,7 +55,7 @@ def introduce(
         log.note(f"note: {warning}")
     log.note(str(report))
     log.note(contract)
-    for line in (*trained_share(cfg), *(virtual_adapters.told(cfg) if saved is None else ())):
+    for line in (*trained_share(cfg), *parts.notes(cfg), *(virtual_adapters.told(cfg) if saved is None else ())):
         log.note(line)
     log.note(
         f"{groups.world} process(es) on {groups.device.type}{_layout(cfg, groups)}, ZeRO-{cfg.engine.zero}, "
@@ -77,6 +78,8 @@ def trained_share(cfg: RunConfig) -> list[str]:
     model = build(cfg.model)
     if cfg.adapter is not None:
         attach(model, cfg.adapter)
+    else:
+        freeze(model, cfg.optim.parts)
     counts = {True: 0, False: 0}
     for param in model.parameters():
         counts[param.requires_grad] += param.numel()

@@ -114,8 +114,11 @@ def _stages(layout: Layout, world: int) -> Iterator[Fault]:
         reasons.append(f"says {len(given)} stages, and the pipeline has {stages}")
     if sum(given) != layers:
         reasons.append(f"its sum is {sum(given)}, and the model has {layers} layers")
+    if layout.model.vision is not None and given and given[0] == 0:
+        given = given[1:]  # tower and connector are a stage by themselves
     if min(given, default=1) < 1:
-        reasons.append("each stage needs at least one layer")
+        only = " (the first may have none where the model sees)" if layout.model.vision is not None else ""
+        reasons.append(f"each stage needs at least one layer{only}")
     if reasons:
         yield Fault("parallel.stage_layers", list(given), "; ".join(reasons))
 
@@ -148,6 +151,10 @@ def feeds(parallel: ParallelConfig, count: int) -> str | None:
 
 def _context(layout: Layout, world: int) -> Iterator[Fault]:
     model, parallel = layout.model, layout.parallel
+    if model.vision is not None and parallel.cp > 1:
+        reason = "cuts the tokens of a document, and those that stand for one picture are not cut (model.vision)"
+        yield Fault("parallel.cp", parallel.cp, reason)
+        return
     told = context_problems(
         model.num_heads, model.num_kv_heads, parallel.tp, parallel.cp, parallel.context, layout.engine.attention
     )

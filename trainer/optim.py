@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
+
+from models.parts import PartsConfig, lr_scale_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class OptimConfig:
     """Length of the final decay, only for schedule=wsd (warm-up, stable, decay)."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a fraction of the peak (linear, cosine, wsd)."""
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    """What of the model is trained, and how fast."""
 
     def problems(self) -> list[tuple[str, object, str, str]]:
         """Values wrong in themselves, as (key, value, reason, way out)."""
@@ -44,7 +48,10 @@ class OptimConfig:
             ("decay_steps", self.decay_steps >= 0, "cannot be negative", "optim.decay_steps=0"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "is a fraction of the peak", "optim.min_lr_ratio=0.1"),
         ]
-        return [(f"optim.{key}", getattr(self, key), why, way) for key, good, why, way in rules if not good]
+        found: list[tuple[str, object, str, str]] = [
+            (f"optim.{key}", getattr(self, key), why, way) for key, good, why, way in rules if not good
+        ]
+        return found + [(f"optim.{key}", value, why, way) for key, value, why, way in self.parts.problems()]
 
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step ``step`` (from 0) in a run of ``total_steps``.
@@ -65,22 +72,22 @@ class OptimConfig:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Optimizer groups: matrices with decay, vectors (norms, biases) without, and experts that are dealt out over
-    ranks by themselves, since DeepSpeed cuts their states over other ranks.
+    ranks by themselves, since DeepSpeed cuts their states over other ranks. Each by its learning rate (``lr_scale``).
 
     Called before ZeRO-3 partitions the parameters or after; the rank of the whole tensor decides, which DeepSpeed
     keeps as ``ds_shape`` on a partitioned parameter.
     """
-    matrices, vectors, experts = [], [], []
+    kinds: dict[tuple[str, float], list[nn.Parameter]] = {}
     for param in model.parameters():
         if param.requires_grad:
-            if "group_name" in vars(param):
-                experts.append(param)
-            else:
-                (matrices if len(getattr(param, "ds_shape", param.shape)) > 1 else vectors).append(param)
-    groups: list[dict[str, object]] = [{"params": matrices, "weight_decay": weight_decay}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    if experts:
-        name = vars(experts[0])["group_name"]
-        groups.append({"params": experts, "weight_decay": weight_decay, "moe": True, "name": name})
+            matrix = len(getattr(param, "ds_shape", param.shape)) > 1
+            kind = "experts" if "group_name" in vars(param) else "matrices" if matrix else "vectors"
+            kinds.setdefault((kind, lr_scale_of(param)), []).append(param)
+    order = ("matrices", "vectors", "experts")
+    groups: list[dict[str, object]] = []
+    for kind, scale in sorted(kinds, key=lambda key: order.index(key[0])):
+        params = kinds[kind, scale]
+        decay = 0.0 if kind == "vectors" else weight_decay
+        group: dict[str, object] = {"params": params, "weight_decay": decay, "lr_scale": scale}
+        groups.append(group | ({"moe": True, "name": vars(params[0])["group_name"]} if kind == "experts" else {}))
     return groups

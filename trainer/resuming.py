@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from models.config import ModelConfig
 from models.routing import RouterBook
 from parallel.engine import Engine
 from parallel.groups import Groups
-from trainer import checkpoint, folders
+from trainer import checkpoint, folders, parts
 from trainer.adapters import other_adapter, record
 from trainer.config import RunConfig
 from trainer.loop import Progress
@@ -40,7 +41,7 @@ def to_resume(cfg: RunConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
             f"cannot resume from {folder}: it holds another model ({'; '.join(differ)}). "
             "Take another run.name, or run.resume=never to start this run again."
         )
-    other = other_adapter(cfg, saved.state.get("adapter"))
+    other = other_adapter(cfg, saved.state.get("adapter")) or parts.other_parts(cfg, saved.state.get("parts"))
     if other is not None:
         raise ValueError(
             f"cannot resume from {folder}: {other}. Take another run.name, or run.resume=never to start this run again."
@@ -60,9 +61,7 @@ def _flat(model: dict[str, Any]) -> dict[str, Any]:
 
 def plain(section: Any) -> dict[str, Any]:
     """A dataclass as JSON has it: tuples become lists."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(section).items()
-    }
+    return json.loads(json.dumps(dataclasses.asdict(section)))
 
 
 def save(
@@ -89,6 +88,7 @@ def save(
         "world": groups.world,
         "model": plain(model),
         "adapter": record(cfg) if model == cfg.model else None,
+        "parts": parts.record(cfg) if model == cfg.model else None,
         "data": fingerprint,
         "tokenizer": str(Path(cfg.data.tokenizer or "").absolute()),  # read again by who starts from it elsewhere
         "chat_template": cfg.data.chat_template and str(Path(cfg.data.chat_template).absolute()),

@@ -17,6 +17,7 @@ from models.config import ModelConfig
 from models.generation import Generator, GeneratorConfig
 from models.generation.text import Tokenizer
 from models.init import InitSource
+from models.parts import ALL
 from models.routing import RouterBook
 from parallel.engine import AUTOCAST, Engine
 from parallel.frozen import Frozen
@@ -57,7 +58,8 @@ def make_policy(
 
 def make_critic(cfg: RunConfig, stage: PpoConfig, groups: Groups, source: TensorSource, channels: int) -> Learner:
     """The critic with its update."""
-    optim = dataclasses.replace(cfg.optim, lr=stage.critic_lr or cfg.optim.lr)
+    # All of it learns, or its adapter.
+    optim = dataclasses.replace(cfg.optim, lr=stage.critic_lr or cfg.optim.lr, parts=ALL)
     seen, sizes = critic_run(cfg, stage), (cfg.parallel, cfg.data.seq_len)
     engine = make_engine(seen.model, cfg.engine, optim, groups, source, *sizes, seen.adapter, cfg.run.seed)
     routers = RouterBook(engine.chunks, channels)

@@ -47,15 +47,15 @@ class Matrix:
 
     def reference(self, row: Row) -> dict[str, Any]:
         """The same training in one process."""
-        key = (row.model, row.rows)
+        key = (row.model, row.rows, row.parts)
         if key not in self._references:
-            options = {"model": model_of(row.model), "rows": row.rows, **ADAM}
+            options = {"model": model_of(row.model), "rows": row.rows, "parts": row.parts, **ADAM}
             self._references[key] = self.pool(1).run(cases.train, 1, 8, **options)[0]
         return self._references[key]
 
     def compare(self, row: Row) -> Differences:
         """Four steps of the row on its processes, against one."""
-        options: dict[str, Any] = {"model": model_of(row.model), "rows": row.rows, **ADAM}
+        options: dict[str, Any] = {"model": model_of(row.model), "rows": row.rows, "parts": row.parts, **ADAM}
         pool = self.pool(row.processes)
         found = pool.run(cases.train, row.zero, row.micro_rows, layout=row.layout, recompute=row.recompute, **options)[
             0

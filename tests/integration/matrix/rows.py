@@ -5,11 +5,14 @@ A row is legal: ``tests/unit/trainer/test_layouts.py`` holds every one to the ru
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 from models import ModelConfig
+from models.parts import ALL, LayeredPartConfig, PartConfig, PartsConfig
+from models.vision.config import ImageConfig, MergerConfig, ProjectorConfig, QFormerConfig, TowerConfig, VisionConfig
 from parallel.config import ParallelConfig
 from scripts.params import load_model
 from tests.cases import Rows
@@ -32,11 +35,34 @@ MODELS: dict[str, tuple[str, list[str]]] = {
 }
 
 
+_TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 3, "num_heads": 4, "patch_size": 4}
+VISION = {
+    "tiles": VisionConfig(
+        "loom", TowerConfig("clip", image_size=8, feature_layer=-2, **_TOWER), ProjectorConfig("mlp"), ImageConfig()
+    ),
+    "queries": VisionConfig(
+        "loom",
+        TowerConfig("siglip", image_size=8, **_TOWER),
+        QFormerConfig(queries=3, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4),
+        ImageConfig(),
+    ),
+    "native": VisionConfig(
+        "loom",
+        TowerConfig("qwen2_5_vl", frames=2, window_size=16, full_layers=(1,), activation="silu", **_TOWER),
+        MergerConfig(),
+        ImageConfig("native"),
+    ),
+}
+"""What a model of the matrix sees with, by the pictures it is shown (``tests.cases.Rows``)."""
+
+
 @functools.cache
 def model_of(name: str) -> ModelConfig:
-    """The sizes of a model of the matrix."""
-    yaml, overrides = MODELS[name]
-    return load_model(yaml, overrides)
+    """The sizes of a model of the matrix: one of ``MODELS``, or with ``_sees_`` one of ``VISION`` besides."""
+    decoder, _, sees = name.partition("_sees_")
+    yaml, overrides = MODELS[decoder]
+    cfg = load_model(yaml, overrides)
+    return dataclasses.replace(cfg, vision=VISION[sees]) if sees else cfg
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,7 @@ class Row:
     recompute: str = "none"
     rows: Rows = field(default_factory=Rows)
     micro_rows: int = 1
+    parts: PartsConfig = ALL
 
     @property
     def id(self) -> str:
@@ -61,16 +88,31 @@ class Row:
         parts += ["unpacked"] if not self.rows.packed else []
         parts += ["pretrain"] if self.rows.pretrain else []
         parts += ["alike"] if self.rows.alike else []
+        parts += ["parts"] if self.parts != ALL else []
         return f"{self.model}-{self.processes}-{','.join(parts)}"
 
 
-def row(model: str, processes: int, *, zero: int = 1, recompute: str = "none", micro: int = 1, **layout: Any) -> Row:
+def row(
+    model: str,
+    processes: int,
+    *,
+    zero: int = 1,
+    recompute: str = "none",
+    micro: int = 1,
+    parts: PartsConfig = ALL,
+    **layout: Any,
+) -> Row:
     """A row from keywords; ``packed`` and ``pretrain`` are of the data, the rest of the layout."""
-    kind = Rows(**{key: layout.pop(key) for key in ("packed", "pretrain", "alike") if key in layout})
-    return Row(model, processes, ParallelConfig(**layout), zero, recompute, kind, micro)
+    given: dict[str, Any] = {key: layout.pop(key) for key in ("packed", "pretrain", "alike") if key in layout}
+    kind = Rows(**given, pictures=model.partition("_sees_")[2] or None)  # pyright: ignore[reportArgumentType]
+    return Row(model, processes, ParallelConfig(**layout), zero, recompute, kind, micro, parts)
 
 
 SP: dict[str, Any] = {"sequence_parallel": True}
+FROZEN = LayeredPartConfig(train=False)
+CONNECTOR = PartsConfig(vision=FROZEN, decoder=FROZEN)
+LAST = PartsConfig(LayeredPartConfig(True, 0.5, 1), PartConfig(True, 2.0), LayeredPartConfig(last_layers=1))
+LAST_LAYER = PartsConfig(decoder=LayeredPartConfig(last_layers=1))
 ROWS = [
     # tensor and sequence parallel, every ZeRO stage, recompute, heads fewer than ranks, padded vocabulary
     row("llama", 2, tp=2, zero=0, micro=4),
@@ -116,6 +158,21 @@ ROWS = [
     row("qwen3_moe", 2, zero=3, alike=True, micro=2),
     row("qwen3_moe", 4, ep=4, alike=True, zero=2, micro=2),
     row("deepseek_v3", 4, ep=2, pp=2, alike=True),
+    # models that see: a rank, a micro-batch or a whole step has no picture, others many
+    row("llama_sees_tiles", 2, tp=2, **SP, zero=0, recompute="full", micro=2),
+    row("llama_sees_tiles", 2, zero=3, micro=1),
+    row("llama_sees_queries", 4, tp=2, pp=2, zero=1),
+    row("llama_deep_sees_tiles", 2, pp=2, stage_layers=(0, 8)),
+    row("llama_deep_sees_native", 2, pp=2, schedule="interleaved"),
+    row("llama_sees_native", 2, zero=2, micro=2),
+    row("mixtral_sees_queries", 2, ep=2, zero=2, micro=2),
+    # parts of them trained: nothing below or nothing above what is, one layer, several rates
+    row("llama_sees_tiles", 2, zero=3, parts=CONNECTOR),
+    row("llama_sees_queries", 2, tp=2, **SP, zero=0, micro=2, parts=CONNECTOR),
+    row("llama_sees_tiles", 2, zero=3, recompute="full", parts=LAST),
+    row("llama_sees_tiles", 4, tp=2, **SP, pp=2, parts=LAST),
+    row("llama_deep", 2, pp=2, schedule="zero_bubble", parts=LAST_LAYER),
+    row("llama_deep", 2, zero=3, parts=LAST_LAYER),
     # all of it
     row("llama_deep", 8, tp=2, **SP, pp=2, cp=2, schedule="interleaved"),
     row("mixtral", 8, tp=2, **SP, pp=2, ep=2),

@@ -1,0 +1,114 @@
+"""A run that trains parts of a model: what cannot work, where its weights come from, what its checkpoints say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.adapters import fingerprint
+from convert.loom_files import Checkpoint
+from convert.part_runs import Over
+from models import build
+from models.parts import ALL, freeze, part_problems
+from parallel.materialise import TensorSource
+from trainer import folders
+from trainer.problems import Problem
+
+if TYPE_CHECKING:  # it asks this file for its problems
+    from trainer.config import RunConfig
+
+
+def problems(cfg: RunConfig) -> list[Problem]:
+    """Every reason why these parts cannot be trained."""
+    parts = cfg.optim.parts
+    if parts == ALL or cfg.model.size_problems() or parts.problems():
+        return []
+    if cfg.adapter is not None:
+        reason = f"adapter={cfg.adapter.name} is trained beside a whole model that stays as it is"
+        return [Problem("optim.parts", "the section", reason, "leave optim.parts as it is, or adapter=none")]
+    return [Problem(f"optim.{key}", value, why, way) for key, value, why, way in part_problems(parts, cfg.model)]
+
+
+def notes(cfg: RunConfig) -> list[str]:
+    """What is trained of each part, one line; nothing where all of it is, equally fast."""
+    parts = cfg.optim.parts
+    if parts == ALL or cfg.adapter is not None:
+        return []
+    model = build(cfg.model)
+    freeze(model, parts)
+    counts: dict[str, list[int]] = {}
+    for name, param in model.named_parameters():
+        part = name.partition(".")[0]
+        part = part if part in ("vision", "connector") else "decoder"
+        trained, every = counts.setdefault(part, [0, 0])
+        counts[part] = [trained + param.numel() * param.requires_grad, every + param.numel()]
+    words = []
+    for name, (trained, every) in counts.items():
+        part = getattr(parts, name)
+        if not trained:
+            words.append(f"{name} frozen ({every:,})")
+            continue
+        last = getattr(part, "last_layers", None)
+        layers = "" if last is None else f", last {last} layer{'s' * (last > 1)}"
+        rate = "" if part.lr_scale == 1 else f" at {part.lr_scale:g} x optim.lr"
+        words.append(f"{name} {trained:,} of {every:,}{layers}{rate}")
+    return ["trained by part: " + "; ".join(words)]
+
+
+def weights(cfg: RunConfig, base: Callable[[], TensorSource], saved: Checkpoint | None) -> TensorSource:
+    """The weights of a run: those it starts from; of one that goes on what it trained, and the rest from there."""
+    record(cfg)
+    if saved is None:
+        return base()
+    return saved if cfg.optim.parts.everything else Over(saved, base())
+
+
+def record(cfg: RunConfig) -> dict[str, Any] | None:
+    """What a checkpoint keeps to find the rest of its model again; None where it holds all of it."""
+    if cfg.adapter is not None or cfg.optim.parts.everything:
+        return None
+    about: dict[str, Any] = {"config": dataclasses.asdict(cfg.optim.parts), "base": None, "seed": cfg.run.seed}
+    if cfg.init_from is not None:
+        about |= {"base": str(Path(cfg.init_from).absolute()), "fingerprint": _fingerprint(cfg.init_from)}
+    return about
+
+
+@functools.lru_cache(maxsize=1)
+def _fingerprint(init_from: str) -> str:
+    """Taken once, at the start: the folder may be gone when the run is saved."""
+    return fingerprint(folders.opened(init_from))
+
+
+def other_parts(cfg: RunConfig, saved: dict[str, Any] | None) -> str | None:
+    """Why a run cannot go on from a checkpoint with this record; None where it can."""
+    ours = record(cfg)
+    theirs_of, ours_of = (None if about is None else _trained(about["config"]) for about in (saved, ours))
+    if theirs_of != ours_of:
+        theirs, wanted = (_words(each) for each in (theirs_of, ours_of))
+        way = f"a new run with init_from={cfg.run.dir}/NAME starts from its weights"
+        return f"it trained {theirs}, and this run trains {wanted} (optim.parts); {way}"
+    if saved is None or ours is None:
+        return None
+    if (saved["base"] is None) != (ours["base"] is None):
+        return f"init_from: {saved['base']} -> {cfg.init_from}"
+    if saved["base"] is None and saved["seed"] != ours["seed"]:
+        return f"run.seed: {saved['seed']} -> {ours['seed']}, by which the parts that are not trained are drawn"
+    if saved["base"] is not None and saved["fingerprint"] != ours["fingerprint"]:
+        return f"the weights in init_from={cfg.init_from} are not those it started from ({saved['base']})"
+    return None
+
+
+def _trained(parts: dict[str, Any]) -> dict[str, int | str]:
+    """Of each part that is trained, how much."""
+    return {name: part.get("last_layers") or "all" for name, part in parts.items() if part["train"]}
+
+
+def _words(parts: dict[str, int | str] | None) -> str:
+    if parts is None:
+        return "all parts"
+    return " and ".join(
+        f"all of {name}" if many == "all" else f"the last {many} layers of {name}" for name, many in parts.items()
+    )
