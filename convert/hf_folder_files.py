@@ -1,5 +1,7 @@
-"""The small files of a Hugging Face folder: config.json, generation_config.json, the tokenizer's, and remote code."""
+"""The small files of a Hugging Face folder: config.json, generation_config.json, the tokenizer's, how pictures are
+prepared, and remote code."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,8 +11,9 @@ from typing import Any
 
 import torch
 
+from convert.preprocessor import COPIED, FILE, preprocessor_config
 from convert.same_model import differing
-from models import FAMILIES, family_of
+from models import FAMILIES, config_from_hf_folder, family_of
 from models.config import ModelConfig
 
 CONFIG = "config.json"
@@ -27,6 +30,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+PREPARED = {"mode", "fit", "mean", "std", "resample", "min_tiles", "max_tiles", "thumbnail", "min_pixels", "max_pixels"}
+PREPARED |= {"token", "begin", "end"}
+"""Settings of `vision.images` that config.json says nothing of."""
 DTYPE_KEYS = ("torch_dtype", "dtype")
 """As transformers 4 and 5 write it; either version reads both."""
 
@@ -38,7 +44,7 @@ def copy_files(source: str | Path, into: str | Path) -> list[str]:
         The names of the files.
     """
     source, into = Path(source), Path(into)
-    names = [name for name in (CONFIG, GENERATION, *TOKENIZER_FILES) if (source / name).is_file()]
+    names = [name for name in (CONFIG, GENERATION, *TOKENIZER_FILES, *COPIED) if (source / name).is_file()]
     names += remote_code(source)
     for name in names:
         shutil.copyfile(source / name, into / name)
@@ -70,7 +76,8 @@ def _modules(config: dict[str, Any]) -> Iterator[str]:
 
 
 def write_config(folder: str | Path, cfg: ModelConfig, dtype: torch.dtype, original: str | Path | None) -> None:
-    """Write config.json, and generation_config.json where there is none yet.
+    """Write config.json, and where there is none yet generation_config.json and, of a model that sees,
+    preprocessor_config.json; that one is also replaced where pictures are prepared in another way here.
 
     Where `original` has a config.json of a model that computes the same, that one is kept, with the dtype and the
     vocabulary of the weights written; else it is made from `cfg`, with the special token ids of `original`.
@@ -86,12 +93,15 @@ def write_config(folder: str | Path, cfg: ModelConfig, dtype: torch.dtype, origi
     special = special_tokens(Path(original)) if original is not None else {}
     if theirs and not _changed(theirs, cfg):
         keys = [key for key in DTYPE_KEYS if key in theirs] or [DTYPE_KEYS[0]]
-        config = theirs | dict.fromkeys(keys, name) | {"vocab_size": cfg.vocab_size}
+        config = theirs | dict.fromkeys(keys, name) | _vocabulary(theirs, cfg)
         if config.get("num_nextn_predict_layers"):
             config["num_nextn_predict_layers"] = 0  # the layers for multi-token prediction are not exported
     else:
-        config = family_of(cfg).to_hf_config(cfg) | special | {"torch_dtype": name, "use_cache": True}
+        own = family_of(cfg).to_hf_config(with_picture_token(folder, cfg))
+        config = own | special | picture_ids(folder, cfg) | {"torch_dtype": name, "use_cache": True}
     write_json(folder / CONFIG, config)
+    if cfg.vision is not None:
+        _write_preprocessor(folder, cfg)
     if not (folder / GENERATION).is_file():
         write_json(folder / GENERATION, {"_from_model_config": True} | special)
 
@@ -104,7 +114,56 @@ def _changed(config: dict[str, Any], cfg: ModelConfig) -> bool:
         theirs = FAMILIES[config["model_type"]].from_hf_config(config)
     except ValueError:
         return True  # what it describes is not computed here, so it is not this model
-    return bool(set(differing(cfg, theirs)) - {"vocab_size"})
+    different = set(differing(cfg, theirs)) - {"vocab_size"}
+    if cfg.vision is not None and cfg.vision.images.token_id is None:
+        different.discard("vision.images.token_id")
+    prepared = {f"vision.images.{each}" for each in PREPARED}
+    return bool(different - prepared)
+
+
+def _vocabulary(config: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """The key of config.json that says how large the vocabulary is; it may lie in the decoder's section."""
+    text = config.get("text_config")
+    if cfg.vision is None or not isinstance(text, dict) or "hidden_size" not in text:
+        return {"vocab_size": cfg.vocab_size}
+    return {"text_config": text | {"vocab_size": cfg.vocab_size}}
+
+
+def _write_preprocessor(folder: Path, cfg: ModelConfig) -> None:
+    """preprocessor_config.json as the model's settings are, where what is there says something else."""
+    assert cfg.vision is not None
+    found = config_from_hf_folder(folder).vision
+    made = preprocessor_config(cfg.vision)
+    if made is None or found is None:
+        return
+    same = all(
+        getattr(found.images, key) == getattr(cfg.vision.images, key) for key in PREPARED - {"token", "begin", "end"}
+    )
+    if not same or not (folder / FILE).is_file():
+        write_json(folder / FILE, made)
+
+
+def with_picture_token(folder: Path, cfg: ModelConfig) -> ModelConfig:
+    """The config with the id that a folder's tokenizer has for the token of pictures, where it says none itself."""
+    vision = cfg.vision
+    if vision is None or vision.images.token_id is not None:
+        return cfg
+    images = dataclasses.replace(vision.images, token_id=_added(folder).get(vision.images.token))
+    return dataclasses.replace(cfg, vision=dataclasses.replace(vision, images=images))
+
+
+def picture_ids(folder: Path, cfg: ModelConfig) -> dict[str, int]:
+    """The ids of the tokens around a picture, where config.json has keys for them (Qwen-VL)."""
+    if cfg.vision is None or not cfg.vision.format.startswith("qwen"):
+        return {}
+    texts = {"vision_start_token_id": cfg.vision.images.begin, "vision_end_token_id": cfg.vision.images.end}
+    added = _added(folder)
+    return {key: added[text] for key, text in texts.items() if text in added}
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """Tokens that were added to the vocabulary of a folder's tokenizer, and their ids."""
+    return {each["content"]: each["id"] for each in read_json(folder / "tokenizer.json").get("added_tokens") or []}
 
 
 def has_tokenizer(folder: str | Path) -> bool:

@@ -48,8 +48,10 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
     """Our sizes from the content of a config.json of type `llava`."""
-    images = images_of(config, mode="fixed", fit="crop")
-    return with_eyes(config, VisionConfig("llava", tower_of(config), projector_of(config), images))
+    tower = tower_of(config)
+    crops = (config.get("preprocessor_config") or {"do_center_crop": tower.kind == "clip"}).get("do_center_crop")
+    images = images_of(config, mode="fixed", fit="crop" if crops else "squash")
+    return with_eyes(config, VisionConfig("llava", tower, projector_of(config), images))
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Qwen2-VL, Qwen2.5-VL, InternVL, BLIP-2. LLaVA is in `test_llava`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from transformers import AutoImageProcessor
 
 import models
 from convert.from_hf import open_hf, weight_rules
+from convert.hf_folder_files import write_config
+from convert.same_model import differing
 from convert.source import Source
+from convert.to_hf import export
 from data.pictures.geometry import plan
 from data.pictures.loader import features_of
 from data.pictures.positions import rotary_positions
@@ -107,6 +112,26 @@ def opened(folder: Path) -> Decoder:
     return ours
 
 
+def exported(ours: Decoder, folder: Path, kind: Any) -> dict[str, torch.Tensor]:
+    """What transformers loads of our model, written with and without the first folder's config.json."""
+    out, cfg = folder / "out", ours.cfg
+    export(out, cfg, ours.named_parameters())
+    written = open_hf(out).cfg
+    assert not differing(written, cfg) and written.vision == cfg.vision
+    theirs = AutoImageProcessor.from_pretrained(out, use_fast=False)
+    assert cfg.vision and list(theirs.image_mean) == list(cfg.vision.images.mean)
+    loaded, info = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    kept = folder / "kept"
+    kept.mkdir()
+    write_config(kept, cfg, torch.float32, folder)
+    assert json.loads((kept / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    images = replace(cfg.vision.images, mean=(0.1, 0.2, 0.3))
+    write_config(kept, replace(cfg, vision=replace(cfg.vision, images=images)), torch.float32, folder)
+    assert models.config_from_hf_folder(kept).vision == replace(cfg.vision, images=images)
+    return loaded.state_dict()
+
+
 @dataclass(frozen=True)
 class Seen:
     """A document with pictures for either: ours, and what transformers is called with."""
@@ -179,6 +204,10 @@ def test_logits_and_gradients_are_transformers(case: str, tmp_path: Path) -> Non
     blind = getattr(theirs, "language_model", theirs)  # BLIP-2 as a whole takes nothing without a picture
     wanted = torch.cat([(theirs if doc.pictures else blind)(**doc.theirs).logits[0] for doc in docs])
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+    again = exported(ours, tmp_path, type(theirs))
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again[name], tensor), name
 
     for each in (logits, wanted):
         each.logsumexp(-1).square().sum().backward()
