@@ -11,6 +11,7 @@ from models.generation.config import (
 )
 from models.generation.generator import Generator
 from models.generation.search_config import BeamConfig, ContrastiveConfig
+from models.generation.sight import Sight
 from models.generation.speculative import DraftStats
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Request",
     "SamplingConfig",
     "Settings",
+    "Sight",
     "Step",
     "sampling_config",
 ]

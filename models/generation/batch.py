@@ -111,7 +111,8 @@ class Batch:
         fresh = list(reversed(firsts.values()))
         if fresh:
             where = [slots[id(row)] for _, row in fresh]
-            logits = prefill(self.model, [group.prompt for group, _ in fresh], where, self.cache, False)
+            sights = [group.sight for group, _ in fresh]
+            logits = prefill(self.model, [group.prompt for group, _ in fresh], where, self.cache, False, sights)
             for (group, _), slot, logits_V in zip(fresh, where, logits, strict=True):
                 group.logits_V = logits_V
                 if len(group.rows) > 1:

@@ -46,6 +46,8 @@ class Prefix:
     layers: list[list[torch.Tensor]]
     apart: bool = False
     """Layers without a window do not copy it into slots."""
+    shift: int = 0
+    """As of its slot, see `Cache.shift`."""
 
 
 @dataclass
@@ -172,6 +174,7 @@ class Cache:
         self.max_tokens, self.rows, self.tokens = max_tokens, 0, 0
         self._apart: dict[int, Prefix] = {}
         """The prompts of slots that begin behind them."""
+        self._shifts: dict[int, int] = {}
         self._common: list[Prefix] = []
         """Those that the layers have together now."""
 
@@ -196,6 +199,15 @@ class Cache:
         """Whole prompts will be put into these slots."""
         for slot in slots:
             self._apart.pop(slot, None)
+            self._shifts.pop(slot, None)
+
+    def shift(self, slots: Sequence[int], by: Sequence[int]) -> None:
+        """Later tokens of these slots have their places plus this as positions: pictures have their own (M-RoPE)."""
+        self._shifts.update(zip(slots, by, strict=True))
+
+    def shifted(self, slot: int) -> int:
+        """What was said so of a slot."""
+        return self._shifts.get(slot, 0)
 
     def take(self, slot: int, tokens: int, apart: bool = False) -> Prefix:
         """A copy of the first `tokens` tokens of a slot, which must be all it has and no prompt held apart.
@@ -204,11 +216,12 @@ class Cache:
         """
         every = self.ahead + tokens
         parts = [[x[slot, :, : layer.held(every)].clone() for x in layer.tensors()] for layer in self.layers]
-        return Prefix(every, parts, apart)
+        return Prefix(every, parts, apart, self.shifted(slot))
 
     def give(self, slot: int, prefix: Prefix) -> None:
         """Begin a slot with such a copy."""
         self.clear([slot])
+        self.shift([slot], [prefix.shift])
         if prefix.apart:
             self._apart[slot] = prefix
         for layer, parts in zip(self.layers, prefix.layers, strict=True):
@@ -221,6 +234,7 @@ class Cache:
         """Copy a row's `tokens` tokens to another slot, which has the same ones before token `first` already."""
         first, tokens = self.ahead + first if first else 0, self.ahead + tokens
         self.clear([target])
+        self.shift([target], [self.shifted(source)])
         prefix = self._apart.get(source)
         if prefix is not None:
             assert first == 0

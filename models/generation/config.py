@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from models.config import Problem
 from models.generation.search_config import BeamConfig, ContrastiveConfig, EarlyStopping, search_kind
+from models.generation.sight import Sight
 
 Finish = Literal["stop", "length", "error"]
 """A stop token or string came, or nothing may follow; `max_new_tokens` or the model's context is used up; the row could
@@ -183,6 +184,8 @@ class Request:
     sampling: Settings = field(default_factory=SamplingConfig)
     seed: int | None = None
     """A row's draws depend on this, the sample's number and the token's place; None = `sampling.seed`."""
+    sight: Sight | None = None
+    """What the prompt shows; it is given as tokens then, those that stand for features in their places."""
 
 
 @dataclass(frozen=True)

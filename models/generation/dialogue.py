@@ -14,6 +14,7 @@ from models.generation.forward import decode, prefill
 from models.generation.generator import Generator
 from models.generation.packing import FEWEST_STEPS, packed_decoder
 from models.generation.rows import Row
+from models.generation.sight import Sight
 
 BLOCK = 128
 """New tokens of a forward: their scores against all others are in memory at one time, and their logits."""
@@ -35,6 +36,8 @@ class Dialogue:
         self.cache = Cache(self.model, self.model.cfg.max_seq_len)
         self._tokens: list[int] = []
         """What the cache holds."""
+        self._sight: Sight | None = None
+        """What those tokens show."""
         self._packed: ExitStack | None = None
         self._steps_made = 0
 
@@ -52,7 +55,7 @@ class Dialogue:
         (row,) = group.rows
         if self.generator.tokenizer is not None:
             row.follow(self.generator.tokenizer)
-        return self._steps(row)
+        return self._steps(row, group.sight)
 
     def close(self) -> None:
         """Give the packed weights back."""
@@ -60,8 +63,8 @@ class Dialogue:
             self._packed.close()
             self._packed = None
 
-    def _steps(self, row: Row) -> Iterator[Step]:
-        logits_1V = self._begun(row.prompt)
+    def _steps(self, row: Row, sight: Sight | None) -> Iterator[Step]:
+        logits_1V = self._begun(row.prompt, sight)
         yield row.push(*drawn_rows(logits_1V, [row])[0])
         while row.finish is None:
             self.cache.fit(1, len(self._tokens) + 1)
@@ -72,21 +75,28 @@ class Dialogue:
                 self._pack()
             yield row.push(*drawn_rows(logits_1V, [row])[0])
 
-    def _begun(self, prompt: Sequence[int]) -> torch.Tensor:
+    def _begun(self, prompt: Sequence[int], sight: Sight | None) -> torch.Tensor:
         """Run what the cache has not of a prompt: the logits after it [1, V]."""
         known = self._reusable(prompt)
+        known = known if self._same_sight(sight, known) else 0
         held, self._tokens = self._tokens[:known], []  # nothing, should this be interrupted
         self.cache.fit(1, len(prompt))
         if not known:
-            logits_NV = prefill(self.model, [prompt], [0], self.cache)
+            logits_NV = prefill(self.model, [prompt], [0], self.cache, True, [sight])
         else:
             logits_NV = torch.empty(0)
             for start in range(known, len(prompt), BLOCK):
                 block = prompt[start : start + BLOCK]
                 logits_NV, tail = extend(self.model, [block], [start], self.cache)
                 commit(self.cache, tail, [len(block)])
-        self._tokens = [*held, *prompt[known:]]
+        self._tokens, self._sight = [*held, *prompt[known:]], sight
         return logits_NV[-1:]
+
+    def _same_sight(self, sight: Sight | None, known: int) -> bool:
+        """Whether all pictures of a prompt stand in its first tokens and the cache has seen them there."""
+        if sight is None or self._sight is None:
+            return sight is self._sight
+        return sight.shows(self._sight) and bool((sight.pictures.slots_F < known).all())
 
     def _reusable(self, prompt: Sequence[int]) -> int:
         """How many of the first tokens need not be run again; never all, for there must be logits."""

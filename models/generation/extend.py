@@ -81,7 +81,9 @@ def extend(
     positions = [n + before + i for n, count in zip(cached, counts, strict=True) for i in range(count)]
     # Dynamic scaling turns a token by the length at which it comes, however many come together.
     after = [position + 1 for position in positions]
-    cos, sin = model.rope.tables(torch.tensor(positions, device=device), after, [1] * len(after))
+    shifts = [cache.shifted(slot) for slot, count in enumerate(counts) for _ in range(count)]
+    places = torch.tensor([n + by for n, by in zip(positions, shifts, strict=True)], device=device)
+    cos, sin = model.rope.tables(places, after, [1] * len(after))
     tokens_T = torch.tensor(list(chain.from_iterable(tokens)), device=device)
     routed = Tokens.of(tokens_T, range(len(after) + 1), None, model.place)
     meetings = {

@@ -21,6 +21,7 @@ from models.blocks.router import Tokens
 from models.blocks.virtual import Given, Prompt, lengthened
 from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache, Plan
+from models.generation.sight import Sight, looked, turned_by
 from models.heads import LMHead
 from parallel.matmul import compute_dtype
 
@@ -31,13 +32,18 @@ where the new tokens go and whom they see."""
 
 @torch.no_grad()
 def prefill(
-    model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache, gather: bool = True
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    cache: Cache,
+    gather: bool = True,
+    sights: Sequence[Sight | None] | None = None,
 ) -> torch.Tensor:
     """Run prompts, put them into their slots, and give the logits after each, fp32 [N, V]. No prompt is empty.
 
-    `gather` as in `logits_of`.
+    `gather` as in `logits_of`, `sights` as in `prompt_states`.
     """
-    hidden, ends_N = prompt_states(model, prompts, slots, cache)
+    hidden, ends_N = prompt_states(model, prompts, slots, cache, sights)
     return logits_of(model, normed_states(model, hidden[ends_N]), gather)
 
 
@@ -54,12 +60,18 @@ def decode(
 
 @torch.no_grad()
 def prompt_states(
-    model: Decoder, prompts: Sequence[Sequence[int]], slots: Sequence[int], cache: Cache
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    cache: Cache,
+    sights: Sequence[Sight | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run prompts and put them into their slots: the last layer's output for all tokens [T, D], and where in it the
-    prompts end [N]."""
+    prompts end [N]. `sights`: what each shows; None = nothing."""
     device = cache.layers[0].keys.device
+    sights = [None] * len(prompts) if sights is None else sights
     cache.clear(slots)
+    cache.shift(slots, [0 if sight is None else sight.shift for sight in sights])
     lengths = [len(prompt) for prompt in prompts]
     borders = (0, *accumulate(lengths))
     ends_N = torch.tensor(borders[1:], device=device) - 1
@@ -67,11 +79,15 @@ def prompt_states(
     given = Given(tokens_T, torch.cat([torch.arange(n, device=device) for n in lengths]), borders)
     virtual = model.virtual if isinstance(model.virtual, Prompt) and model.virtual.on else None
     longer = None if virtual is None else lengthened(given, virtual.count)
-    if longer is not None:
-        given = longer.given
-    packing = model.packing_of(given.tokens_T, given.positions_T, given.cu_seqlens)
+    rotary_3T = turned_by(sights, lengths, model.cfg, device)
+    own_T = None
+    if virtual is not None and longer is not None:
+        given, own_T = longer.given, longer.own_T
+        if rotary_3T is not None:
+            rotary_3T = given.positions_T.repeat(3, 1).index_copy_(1, own_T, rotary_3T + virtual.count)
+    packing = model.packing_of(given.tokens_T, given.positions_T, given.cu_seqlens, None, rotary_3T)
     tokens = Tokens.of(given.tokens_T, packing.borders, None, model.place)
-    hidden = embedded(model, given.tokens_T)
+    hidden = looked(model, embedded(model, given.tokens_T), sights, borders[:-1], own_T)
     if virtual is not None and longer is not None:
         hidden = virtual(hidden, longer.virtual_L)
     for layer, own in zip(model.layers.values(), cache.layers, strict=True):
@@ -91,7 +107,8 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
     device = cache.layers[0].keys.device
     tokens_B, after = torch.tensor(tokens, device=device), [cache.ahead + n + 1 for n in lengths]
     # Dynamic scaling turns a token by the length at which it came, as transformers does.
-    cos, sin = model.rope.tables(torch.tensor(after, device=device) - 1, after, [1] * len(after))
+    positions = [n - 1 + cache.shifted(slot) for slot, n in enumerate(after)]
+    cos, sin = model.rope.tables(torch.tensor(positions, device=device), after, [1] * len(after))
     plans = cache.plans(after, device)
     routed = Tokens.of(tokens_B, range(len(after) + 1), None, model.place)
     hidden = embedded(model, tokens_B)

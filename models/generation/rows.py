@@ -21,6 +21,7 @@ from models.generation.config import (
 from models.generation.constraint import Constraints, Guide
 from models.generation.sampling import Source
 from models.generation.search_config import BeamConfig, ContrastiveConfig
+from models.generation.sight import Sight
 from models.generation.text import TextStream, Tokenizer, decoded
 
 
@@ -114,6 +115,7 @@ class Group:
     logits_V: torch.Tensor | None = field(default=None, repr=False)
     search: BeamConfig | ContrastiveConfig | None = None
     """How its tokens are searched for; None = they are drawn."""
+    sight: Sight | None = None
 
     @property
     def reserve(self) -> int:
@@ -149,6 +151,8 @@ def made_groups(
         limit = min(sampling.max_new_tokens, cfg.max_seq_len - len(prompt))
         search = None if isinstance(sampling, SamplingConfig) else sampling
         error = _error(prompt, limit, cfg, config.max_cached_tokens, search.width if search else 1)
+        if not error and request.sight is not None:
+            error = request.sight.problem(len(prompt), cfg)
         rows = [Row(index, sample, prompt, request, limit) for sample in range(1 if error else sampling.samples)]
         for row in rows:
             row.stop_tokens = stop_tokens if sampling.stop_tokens is None else sampling.stop_tokens
@@ -158,7 +162,7 @@ def made_groups(
                 row.finish, row.error = "error", error
             elif begin := begins[sampling]:
                 row.guided(begin())
-        groups.append(Group(index, prompt, rows, error, search=search))
+        groups.append(Group(index, prompt, rows, error, search=search, sight=request.sight))
     return groups
 
 

@@ -105,7 +105,8 @@ class _Batch:
         count = self._close_gaps()
         prompts = [each.group.prompt for each in new]
         self.cache.fit(count, max(max(each.cached, len(each.group.prompt)) for each in self.live))
-        hidden, ends_N = prompt_states(self.model, prompts, [each.slots[0] for each in new], self.cache)
+        slots, sights = [each.slots[0] for each in new], [each.group.sight for each in new]
+        hidden, ends_N = prompt_states(self.model, prompts, slots, self.cache, sights)
         logits_NV = logits_of(self.model, normed_states(self.model, hidden[ends_N]))
         parts = hidden.split([len(prompt) for prompt in prompts])
         for index, (each, own) in enumerate(zip(new, parts, strict=True)):

@@ -51,7 +51,12 @@ class Team:
         if self.axis.size == 1:
             return
         asked = [
-            (each.prompt if isinstance(each.prompt, str) else list(each.prompt), each.sampling, each.seed)
+            (
+                each.prompt if isinstance(each.prompt, str) else list(each.prompt),
+                each.sampling,
+                each.seed,
+                each.sight and each.sight.identity(),
+            )
             for each in requests
         ]
         text = repr((asked, settings)).encode(errors="backslashreplace")
