@@ -71,9 +71,10 @@ RUNS = {"arithmetic_sft": "LlamaForCausalLM", "arithmetic_reward": "LlamaForSequ
 """Runs that others start from; exports stand in for them."""
 WORLD_FILES = (
     *(f"arithmetic/{name}" for name in ("cold_start", "prompts", "pairs", "held_out", "held_out_pairs")),
+    *(f"digits/{name}" for name in ("train", "held_out", "blind", "blind_held_out")),
     *(f"preferences/{name}" for name in ("spelling", "sorting", "fractions", "sums", "held_out")),
 )
-"""What scripts/prepare_arithmetic.py and prepare_preferences.py make."""
+"""What scripts/prepare_arithmetic.py, prepare_preferences.py and prepare_digits.py make."""
 
 
 def make_world(folder: Path) -> Path:
@@ -87,9 +88,10 @@ def make_world(folder: Path) -> Path:
     (folder / "assets" / "data").mkdir()
     for name in CHANNELS:
         (folder / "assets" / "data" / f"{name}.jsonl").write_text(row + "\n")
-    for inside in ("arithmetic/tokenizer", "preferences"):
+    for inside in ("arithmetic/tokenizer", "digits/tokenizer", "preferences"):
         (folder / "assets" / inside).mkdir(parents=True)
-    (folder / "assets" / "arithmetic" / "tokenizer" / "tokenizer.json").write_text("{}")
+    for world in ("arithmetic", "digits"):
+        (folder / "assets" / world / "tokenizer" / "tokenizer.json").write_text("{}")
     for run, architecture in RUNS.items():
         (folder / "runs" / run).mkdir(parents=True)
         (folder / "runs" / run / "config.json").write_text(json.dumps(ARITHMETIC | {"architectures": [architecture]}))
