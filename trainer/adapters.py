@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,18 +170,27 @@ def weights(cfg: RunConfig, base: TensorSource, saved: Checkpoint | None) -> Ten
     record(cfg)
     if isinstance(cfg.adapter, PromptConfig | PrefixConfig):
         return virtual_adapters.weights(cfg, cfg.adapter, base, saved)
-    start = getattr(cfg.adapter, "start", None)
+    start = start_of(cfg)
     begun = read_peft(Path(start), cfg.model).tensors if start is not None and saved is None else None
     return AdapterSource(base, cfg.model, cfg.adapter, cfg.run.seed, saved, begun)
 
 
+def start_of(cfg: RunConfig) -> str | None:
+    """The folder of the adapter that the run starts from."""
+    return getattr(cfg.adapter, "start", None)
+
+
 def record(cfg: RunConfig) -> dict[str, Any] | None:
-    """What a checkpoint keeps to find its base again: where it is, and what it is told by."""
+    """What a checkpoint keeps to find its base again: where it is, and what it is told by; of an adapter that the run
+    started from the latter."""
     if cfg.adapter is None:
         return None
     about: dict[str, Any] = {"config": dataclasses.asdict(cfg.adapter), "base": None, "seed": cfg.run.seed}
     if cfg.init_from is not None:
         about |= {"base": str(Path(cfg.init_from).absolute()), "fingerprint": _fingerprint(cfg.init_from)}
+    start = start_of(cfg)
+    if start is not None:
+        about["start"] = _start_fingerprint(start)
     return about
 
 
@@ -188,6 +198,15 @@ def record(cfg: RunConfig) -> dict[str, Any] | None:
 def _fingerprint(init_from: str) -> str:
     """Taken once, at the start: the folder may be gone when the run is saved."""
     return fingerprint(folders.opened(init_from))
+
+
+@functools.lru_cache(maxsize=2)
+def _start_fingerprint(start: str) -> str:
+    """As `_fingerprint`, of the whole adapter."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(start).glob("adapter_model.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def other_adapter(cfg: RunConfig, saved: dict[str, Any] | None) -> str | None:
@@ -209,4 +228,17 @@ def other_adapter(cfg: RunConfig, saved: dict[str, Any] | None) -> str | None:
         return f"init_from: {saved['base']} -> {cfg.init_from}"
     if cfg.init_from is not None and _fingerprint(cfg.init_from) != saved["fingerprint"]:
         return f"the weights in init_from={cfg.init_from} are not those it was trained beside ({saved['base']})"
+    return _other_start(cfg, saved)
+
+
+def _other_start(cfg: RunConfig, saved: dict[str, Any]) -> str | None:
+    """Where the start of the run is its reference: why that is not the start any more."""
+    asked = getattr(cfg.stage, "needs_reference", False) and getattr(cfg.stage, "reference", None) is None
+    start, theirs = start_of(cfg), saved["config"].get("start")
+    if not asked or (start is None and theirs is None):
+        return None
+    if start is None or theirs is None:
+        return f"adapter.start: {theirs} -> {start}, and what the run starts from is the reference"
+    if saved.get("start") not in (None, _start_fingerprint(start)):
+        return f"adapter.start={start} is not the adapter it started from ({theirs}), which is the reference"
     return None

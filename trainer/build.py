@@ -75,9 +75,14 @@ def make_frozen(
     layout: ParallelConfig = ALL_DATA,
     row_length: int | None = None,
     offload: bool = False,
+    adapter: AdapterConfig | None = None,
 ) -> Frozen:
-    """This rank's part of a model that is not trained (a reference, a reward model), in the layout of the run."""
+    """This rank's part of a model that is not trained (a reference, a reward model), in the layout of the run; with an
+    ``adapter`` that ``source`` has too."""
     chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
+    if adapter is not None:
+        for chunk in chunks:
+            attach(chunk, adapter)
     return Frozen(chunks, source, engine_cfg, groups, layout, model_cfg.hidden_size, [Layer], offload)
 
 

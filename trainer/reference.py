@@ -25,11 +25,11 @@ from data.precomputed import DOCUMENT, precomputed
 from parallel.engine import Engine
 from parallel.frozen import Frozen
 from parallel.groups import Groups
-from parallel.materialise import TensorSource
-from trainer import folders
-from trainer.build import WithoutAdapter, fresh_weights, make_frozen
+from trainer import adapters, folders
+from trainer.build import make_frozen
 from trainer.config import RunConfig, reference_model
 from trainer.context import local_part
+from trainer.itself import frozen_start, itself, start_in_words
 from trainer.logging.log import Log
 from trainer.loop import on_device
 from trainer.preparation import Preparation, Scorer, reference_forward
@@ -51,12 +51,9 @@ def find_reference(cfg: RunConfig, groups: Groups, data: TrainingData, log: Log)
     stage = cfg.stage
     if not isinstance(stage, DpoConfig) or not stage.needs_reference:
         return None, data
-    if _is_itself(cfg, stage) and not stage.precompute_reference:
-        log.note("reference: the model without its adapter")
-        return None, data
     if not stage.precompute_reference:
         log.note(f"reference: {_described(cfg)}")
-        return _frozen(cfg, groups), data
+        return None if _is_itself(cfg, stage) else _frozen(cfg, groups), data
     started, asked = time.monotonic(), 0
 
     def score(batches: Iterator[MicroBatch], total: int) -> np.ndarray:
@@ -91,50 +88,50 @@ def preparation(
     if isinstance(stage, Dpo | Kto):
         asked = isinstance(cfg.stage, DpoConfig) and cfg.stage.needs_reference and not cfg.stage.precompute_reference
         if asked and reference is None:
-            reference = WithoutAdapter(engine)
+            reference = itself(cfg, engine)
+            folders.forget()
         return Preparation(stage, groups, engine, reference, others)
     return lambda batches, rows: batches
 
 
 def _is_itself(cfg: RunConfig, stage: DpoConfig) -> bool:
-    """Whether the reference is the model that is trained, without its adapter."""
+    """Whether the reference is the model that is trained, without its adapter or with what that began as."""
     return stage.reference is None and cfg.adapter is not None and cfg.adapter.can_be_off
 
 
 def _frozen(cfg: RunConfig, groups: Groups) -> Frozen:
-    source = _source(cfg)
-    made = make_frozen(
-        reference_model(cfg), cfg.engine, groups, source, cfg.parallel, cfg.data.seq_len, cfg.engine.offload_optimizer
-    )
+    """What the run starts from, whatever it was resumed from, or the model that was named."""
+    folder, offload = _named(cfg), cfg.engine.offload_optimizer
+    if folder is None:
+        made = frozen_start(cfg, groups, offload)
+    else:
+        model = reference_model(cfg)
+        source = Source(folders.opened(folder), model, cfg.run.seed)
+        source.check()
+        made = make_frozen(model, cfg.engine, groups, source, cfg.parallel, cfg.data.seq_len, offload)
     folders.forget()
     return made
 
 
-def _source(cfg: RunConfig) -> TensorSource:
-    """The weights at the start of the run, whatever it was resumed from, or those that were named."""
-    folder = cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None
-    if folder is None:
-        return fresh_weights(cfg)
-    source = Source(folders.opened(folder), reference_model(cfg), cfg.run.seed)
-    source.check()
-    return source
+def _named(cfg: RunConfig) -> str | None:
+    return cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None
 
 
 def _described(cfg: RunConfig) -> str:
-    folder = cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None
-    return folder or (f"what the run starts from, {cfg.init_from}" if cfg.init_from else "the run's own fresh weights")
+    return _named(cfg) or start_in_words(cfg)
 
 
 def _made_by(cfg: RunConfig) -> str:
     """All that decides the reference's log-probabilities beside the tokens; files are told by their sizes and times."""
-    folder = (cfg.stage.reference if isinstance(cfg.stage, DpoConfig) else None) or cfg.init_from
+    folder = _named(cfg) or cfg.init_from
     weights: object = ("seed", cfg.run.seed)
     if folder is not None:
         root = Path(folders.opened(folder).path)
         files = sorted(file for file in (root.rglob("*") if root.is_dir() else [root]) if file.is_file())
         stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         weights = hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
-    return repr((weights, reference_model(cfg), cfg.engine.precision))
+    begun = adapters.record(cfg) if _named(cfg) is None and adapters.start_of(cfg) is not None else None
+    return repr((weights, reference_model(cfg), cfg.engine.precision, *([] if begun is None else [begun])))
 
 
 def _score_once(cfg: RunConfig, groups: Groups, batches: Iterator[MicroBatch], total: int) -> np.ndarray:

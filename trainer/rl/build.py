@@ -25,13 +25,15 @@ from parallel.groups import Groups, neighbours
 from parallel.materialise import TensorSource
 from parallel.sharding import Place
 from trainer import adapters, folders
-from trainer.build import WithoutAdapter, fresh_weights, make_engine, make_frozen, weights_of
+from trainer.build import make_engine, make_frozen, weights_of
 from trainer.checkpoint import Checkpoint
 from trainer.config import RunConfig
 from trainer.folders import other_model
+from trainer.itself import frozen_start, itself
 from trainer.rl.checks import critic_start, critics_view, tp_fault
 from trainer.rl.learner import Learner
 from trainer.rl.packing import Packer
+from trainer.rl.samples import Model
 from trainer.rl.served import ServedAuthor, ServedWeights, server_of
 from trainer.rl.weights import GeneratorWeights, TrainedItself, generates
 from trainer.rollout.rounds import ROUND_S, Rounds
@@ -114,15 +116,12 @@ def critic_source(cfg: RunConfig, stage: PpoConfig, saved: Checkpoint | None) ->
     return base if seen.adapter is None else adapters.weights(seen, base, saved)
 
 
-def make_reference(
-    cfg: RunConfig, stage: PolicyConfig, groups: Groups, policy: Engine
-) -> Frozen | WithoutAdapter | None:
+def make_reference(cfg: RunConfig, stage: PolicyConfig, groups: Groups, policy: Engine) -> Model | None:
     """What the policy's divergence is measured from; None where it is not wanted."""
     if not stage.needs_reference:
         return None
     if stage.reference is None:
-        adapts = cfg.adapter is not None and cfg.adapter.can_be_off
-        return WithoutAdapter(policy) if adapts else _frozen(cfg, cfg.model, groups, fresh_weights(cfg))
+        return itself(cfg, policy) or frozen_start(cfg, groups, cfg.rollout.offload)
     same = other_model(stage.reference, cfg.model) is None
     model = cfg.model if same else folders.model_in(stage.reference)
     return _frozen(cfg, model, groups, _from_folder(stage.reference, model))

@@ -19,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.door import to_yaml
 from trainer.inference.loading import renderer_of, stop_tokens_of
 from trainer.introduction import introduce, open_log
+from trainer.itself import start_in_words
 from trainer.logging.log import Log
 from trainer.loop import Progress
 from trainer.reading import behind_the_gate
@@ -205,7 +206,10 @@ def described(trainer: RlTrainer) -> list[str]:
         "reward model": trainer.collector.reward_model,
     }
     names = [name for name, model in others.items() if model is not None]
-    return [f"generator: {writes}" + (f"; besides the policy: {', '.join(names)}" if names else "")]
+    said = [f"generator: {writes}" + (f"; besides the policy: {', '.join(names)}" if names else "")]
+    if trainer.reference is not None:
+        said.append(f"reference: {trainer.stage.reference or start_in_words(trainer.cfg)}")
+    return said
 
 
 def _read_prompts(cfg: RunConfig, groups: Groups, run_dir: Path) -> PromptData:

@@ -54,8 +54,8 @@ class DpoConfig:
     undesirable_weight: float = 1.0
     """Weight of undesirable answers (kto)."""
     reference: str | None = None
-    """Weights of the reference: a folder as for init_from; null = what the run starts from, with an adapter the model
-    without it. Losses without a reference load none."""
+    """Weights of the reference: a folder as for init_from; null = what the run starts from: with an adapter the model
+    without it, or with that of adapter.start. Losses without a reference load none."""
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once, before the first step, and keep them beside the token cache:
     then the reference's weights are not in memory while training."""

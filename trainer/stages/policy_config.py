@@ -44,7 +44,8 @@ class PolicyConfig:
     """Multiply the divergence in the loss by policy / old policy: every estimator then has the right gradient, also in
     later updates for the same rollout."""
     reference: str | None = None
-    """What the divergence is measured from: a folder as in init_from; null = the weights the run starts from."""
+    """What the divergence is measured from: a folder as in init_from; null = what the run starts from, as in
+    the stage dpo."""
     entropy_coef: float = 0.0
     """Weight of the mean entropy, which is added to what is made large."""
     epochs: int = 1
