@@ -7,10 +7,11 @@ python scripts/params.py model=hf init_from=HF_FOLDER
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from models import ModelConfig, build
 from models import problems as model_problems
@@ -20,6 +21,7 @@ from trainer.typed import build as typed_build
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
 PARTS = {"embed": "embedding", "attn": "attention", "mlp": "mlp", "head": "head"}
+SIGHT = ("vision", "connector")
 
 
 def load_model(name: str, overrides: list[str]) -> ModelConfig:
@@ -32,7 +34,7 @@ def load_model(name: str, overrides: list[str]) -> ModelConfig:
     if name not in known:
         close = nearest(name, known) or known
         raise ValueError(f"model={name}: no such model; did you mean {', '.join(close)}?")
-    merged = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), OmegaConf.from_dotlist(overrides))
+    merged = OmegaConf.merge(_composed(name), OmegaConf.from_dotlist(overrides))
     problems: list[Problem] = []
     cfg = typed_build(ModelConfig, OmegaConf.to_container(merged), "model", problems, {})
     if cfg is not None:
@@ -42,13 +44,26 @@ def load_model(name: str, overrides: list[str]) -> ModelConfig:
     return cfg
 
 
+def _composed(name: str) -> Any:
+    """The YAML with those under it that its `defaults` name."""
+    own = OmegaConf.load(CONF / f"{name}.yaml")
+    assert isinstance(own, DictConfig)
+    below = [each for each in own.pop("defaults", []) if each != "_self_"]
+    return OmegaConf.merge(*(_composed(each) for each in below), own)
+
+
 def count_by_part(cfg: ModelConfig) -> dict[str, int]:
-    """Parameters of each part; a tied head counts once, as embedding."""
+    """Parameters of each part, of a model that sees also of its tower and connector; a tied head counts once, as
+    embedding."""
     counts: dict[str, int] = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    counts |= dict.fromkeys(SIGHT, 0) if cfg.vision else {}
     for name, param in build(cfg).named_parameters():
         words = name.split(".")
         norm = any(word == "norm" or word.endswith("_norm") for word in words)
-        part = "norms" if norm else next(PARTS[word] for word in words if word in PARTS)
+        if words[0] in SIGHT:
+            part = words[0]
+        else:
+            part = "norms" if norm else next(PARTS[word] for word in words if word in PARTS)
         counts[part] += param.numel()
     return counts
 

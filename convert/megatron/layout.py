@@ -89,6 +89,11 @@ def problems(layout: Layout, cfg: ModelConfig) -> list[str]:
         return found
     if cfg.head != "lm":
         found.append("the model is a reward model with a scalar head, for which Megatron has no name")
+    if cfg.vision is not None:
+        found.append(
+            "the model sees, and only decoders have a layout of Megatron's here; export_hf.py and reshard.py keep it "
+            "whole"
+        )
     return found + _tp_problems(layout, cfg) + _ep_problems(layout, cfg) + _pp_problems(layout, cfg)
 
 

@@ -15,7 +15,8 @@ from parallel.materialise import materialise
 from parallel.sharding import SINGLE, WHOLE
 from scripts.params import load_model
 
-TINY = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("tiny_*.yaml"))
+CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
+TINY = sorted(p.stem for p in CONF.glob("tiny_*.yaml") if load_model(p.stem, []).vision is None)
 LLAMA, QWEN2, QWEN3 = (load_model(name, []) for name in ("tiny_llama", "tiny_qwen2", "tiny_qwen3"))
 DEEPSEEK2, DEEPSEEK3 = (load_model(name, []) for name in ("tiny_deepseek_v2", "tiny_deepseek_v3"))
 MLA2, MOE2, MLA3, MOE3 = DEEPSEEK2.mla, DEEPSEEK2.moe, DEEPSEEK3.mla, DEEPSEEK3.moe

@@ -13,6 +13,7 @@ from parallel.context import context_problems
 from parallel.schedules import next_micro_batches
 from trainer.config import RunConfig
 from trainer.stages import DpoConfig, PolicyConfig, PpoConfig, StageConfig
+from trainer.verify.shrink_vision import shrunk_sections, shrunk_vision
 
 STEPS = 3
 MOST_PROCESSES, CHEAP_PROCESSES = 8, 4
@@ -127,12 +128,17 @@ def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, s
     heads, groups = _heads(model, parallel, attention)
     full, dense, layers = _layers(model, parallel)
     mla = _latent(model.mla) if model.mla else None
+    head_dim = mla.nope_dim + mla.rope_dim if mla else min(model.head_dim, 8)
     hidden = min(model.hidden_size, _up(HIDDEN, heads))
+    if model.rope.sections:  # families that turn by row and column have no heads of another size than their share
+        hidden = heads * head_dim
     feed_forward = min(model.intermediate_size, _up(FEED_FORWARD, tp))
     moe = _experts(model.moe, model.intermediate_size, feed_forward, parallel, dense) if model.moe else None
     original = model.rope.original_max_seq_len
     rope = dataclasses.replace(
-        model.rope, original_max_seq_len=None if original is None else max(8, round(original * shorter))
+        model.rope,
+        original_max_seq_len=None if original is None else max(8, round(original * shorter)),
+        sections=shrunk_sections((mla.rope_dim if mla else head_dim) // 2) if model.rope.sections else (),
     )
     return dataclasses.replace(
         model,
@@ -142,13 +148,14 @@ def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, s
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=groups,
-        head_dim=mla.nope_dim + mla.rope_dim if mla else min(model.head_dim, 8),
+        head_dim=head_dim,
         max_seq_len=max(SEQ_LEN, round(model.max_seq_len * shorter)),
         rope=rope,
         sliding_window=None if model.sliding_window is None else min(model.sliding_window, WINDOW),
         full_attention_layers=full,
         moe=moe,
         mla=mla,
+        vision=shrunk_vision(model.vision, heads) if model.vision else None,
         init_std=0.1,  # about 1 / sqrt(hidden): with the small values of large models attention would be even
     )
 
@@ -240,6 +247,8 @@ NAMES = {
     "num_kv_heads": "kv heads",
     "head_dim": "head size",
     "vocab_size": "vocabulary",
+    "vision.tower.hidden_size": "hidden of the tower",
+    "vision.tower.num_layers": "layers of the tower",
     "sliding_window": "window",
     "full_attention_layers": "layers without window",
     "moe.num_experts": "experts",
@@ -274,9 +283,10 @@ def _changes(cfg: RunConfig, small: RunConfig) -> Iterator[str]:
 
 
 def _value(model: ModelConfig, key: str) -> Any:
-    section, _, name = key.rpartition(".")
-    node = getattr(model, section) if section else model
-    return None if node is None else getattr(node, name)
+    node: Any = model
+    for name in key.split("."):
+        node = None if node is None else getattr(node, name)
+    return node
 
 
 def _list(values: Sequence[int] | None) -> str:

@@ -17,8 +17,9 @@ from models import FAMILIES, ModelConfig, RopeConfig
 from models import problems as model_problems
 from scripts.params import load_model
 
+CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
 NAMES = sorted(
-    path.stem for path in (Path(__file__).resolve().parents[3] / "conf" / "model").glob("*.yaml") if path.stem != "hf"
+    path.stem for path in CONF.glob("*.yaml") if path.stem != "hf" and load_model(path.stem, []).vision is None
 )
 TINY = [name for name in NAMES if name.startswith("tiny_")]
 LLAMA3 = RopeConfig(500000.0, "llama3", 8.0, 8192)

@@ -1,0 +1,43 @@
+"""What a model sees with, made small: as many heads, so that a layout cuts it in the same way, of size 8."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from models.vision.config import PerceiverConfig, QFormerConfig, ResamplerConfig, VisionConfig
+
+LAYERS, HEAD = 2, 8
+
+
+def shrunk_vision(vision: VisionConfig, decoder_heads: int) -> VisionConfig:
+    """A small tower and connector of the same kinds.
+
+    Args:
+        decoder_heads: of the small decoder, whose width they divide.
+    """
+    tower, connector = vision.tower, vision.connector
+    hidden, layers = min(tower.hidden_size, HEAD * tower.num_heads), min(tower.num_layers, LAYERS)
+    small = dataclasses.replace(
+        tower,
+        hidden_size=hidden,
+        intermediate_size=max(tower.intermediate_size // tower.hidden_size, 1) * hidden,
+        num_layers=layers,
+        feature_layer=max(tower.feature_layer, -layers),
+        full_layers=(layers - 1,) if tower.full_layers else (),
+    )
+    changed: dict[str, Any] = {}
+    if isinstance(connector, QFormerConfig | PerceiverConfig):
+        changed["num_layers"] = min(connector.num_layers, LAYERS)
+    if isinstance(connector, QFormerConfig):
+        width = min(connector.hidden_size, HEAD * connector.num_heads)
+        changed |= {"hidden_size": width, "intermediate_size": 2 * width}
+    if isinstance(connector, ResamplerConfig):
+        changed["num_heads"] = decoder_heads
+    return dataclasses.replace(vision, tower=small, connector=dataclasses.replace(connector, **changed))
+
+
+def shrunk_sections(pairs: int) -> tuple[int, int, int]:
+    """Pairs of a small head that turn by time, by row and by column."""
+    side = max((pairs - 1) // 3, 1)
+    return pairs - 2 * side, side, side
