@@ -13,6 +13,7 @@ import torch
 
 from convert.adapters import Fresh, fingerprint
 from convert.boxes import Columns, Meta, Tensors
+from convert.composed import composed
 from convert.from_hf import hf_shapes, weight_rules
 from convert.loom_files import Checkpoint, words_of
 from convert.opened import Opened
@@ -78,16 +79,21 @@ def base_of(checkpoint: Checkpoint, model: ModelConfig) -> Opened:
     about = checkpoint.state["parts"]
     if about["base"] is None:
         return Opened(checkpoint.folder, "loom", model, Fresh(model, about["seed"]), None)
-    path = Path(about["base"])
     help_ = "put it back as it was; a run with optim.parts keeps only what it trained"
+    if isinstance(about["base"], dict):
+        return _checked(checkpoint, composed(model, about["base"], about["seed"]), help_)
+    path = Path(about["base"])
     if not path.is_dir():
         raise ValueError(
             f"{checkpoint.folder} holds parts of a model, and {path}, where the rest lay, is gone: {help_}"
         )
-    base = open_weights(path)
-    if fingerprint(base) != about["fingerprint"]:
+    return _checked(checkpoint, open_weights(path), help_)
+
+
+def _checked(checkpoint: Checkpoint, base: Opened, help_: str) -> Opened:
+    if fingerprint(base) != checkpoint.state["parts"]["fingerprint"]:
         raise ValueError(
-            f"{checkpoint.folder} holds parts of a model, and the rest in {path} is not what it was trained with: "
+            f"{checkpoint.folder} holds parts of a model, and the rest in {base.path} is not what it was trained with: "
             f"{help_}"
         )
     return base

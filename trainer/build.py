@@ -140,8 +140,9 @@ def fresh_weights(cfg: RunConfig) -> TensorSource:
     Raises:
         ValueError: the tensors in init_from are not the model's.
     """
-    if cfg.init_from is None:
+    if cfg.init_from is None and not cfg.init_parts.folders:
         return InitSource(cfg.model, cfg.run.seed)
-    source = Source(folders.opened(cfg.init_from), cfg.model, cfg.run.seed)
+    opened = parts.composed_start(cfg) if cfg.init_from is None else folders.opened(cfg.init_from)
+    source = Source(opened, cfg.model, cfg.run.seed)
     source.check()
     return source

@@ -59,6 +59,7 @@ def link_of(cfg: RunConfig) -> Link:
     asked |= {f"stage.{key}": getattr(stage, key, None) for key in ("reference", "critic")}
     if stage.name in WRITES_TEXTS:
         asked["rollout.reward_model"] = cfg.rollout.reward_model
+    asked["init_parts.decoder"] = cfg.init_parts.decoder
     parents = {key: path for key, path in asked.items() if path is not None and _usable(path)}
     tokenizer, template = cfg.data.tokenizer, cfg.data.chat_template
     if START in parents and tokenizer is None:
@@ -149,7 +150,7 @@ def begin(link: Link, run_dir: Path, data: str, resumed: bool) -> tuple[str, ...
 
 def _size_problem(link: Link, key: str, path: str) -> Problem | None:
     """A model beside the policy that cannot be asked the same tokens (of `init_from` the sizes are compared anyway)."""
-    if key == START:
+    if key == START or key.startswith("init_parts."):
         return None
     theirs, ours = folders.model_in(path).vocab_size, link.model.vocab_size
     if theirs == ours or (key != "stage.reference" and theirs > ours):

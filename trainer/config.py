@@ -111,6 +111,8 @@ class RunConfig:
     init_from: str | None = None
     """Weights to start from: a Hugging Face folder, a Megatron checkpoint of any layout, or a run of Loom; null draws
     fresh weights from run.seed."""
+    init_parts: parts.InitPartsConfig = field(default_factory=parts.InitPartsConfig)
+    """Parts of a model that sees to start from, each from a folder of its own; in place of init_from."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ EXAMPLES = {
 LISTS = ("data.sources", "data.eval_sources", "rollout.rewards")
 PATH_KEYS = (
     "init_from",
+    "init_parts.vision",
+    "init_parts.connector",
+    "init_parts.decoder",
     "adapter.start",
     "data.tokenizer",
     "data.chat_template",

@@ -66,7 +66,7 @@ class Trainer:
         while progress.step < self.total_steps:
             lr = self.cfg.optim.lr_at(progress.step, self.total_steps)
             result, loads, tokens, flops = self._step(progress, lr, feed)
-            meter.add(tokens, flops)
+            meter.add(tokens, flops, feed.waited())
             last = progress.step == self.total_steps
             self._report(progress.step, result, loads, lr, meter, last)
             with meter.paused():

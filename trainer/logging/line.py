@@ -139,6 +139,7 @@ def step_line(
         (5, speed),
         (2, _flops(metrics)),
         (1, f"idle {metrics['perf/pipeline_idle']:.0%}" if "perf/pipeline_idle" in metrics else None),
+        (1, f"wait {metrics['perf/data_wait']:.0%}" if "perf/data_wait" in metrics else None),
         (1, part("perf/memory_gib", "mem {:.1f}G")),
         (6, f"left {duration(seconds_left)}" if seconds_left is not None else None),
     ]

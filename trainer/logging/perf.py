@@ -93,17 +93,21 @@ class PerfMeter:
         self._tokens = 0
         self._flops = 0.0
         self._steps = 0
+        self._waited_s: float | None = None
         self._paused_s = 0.0
         self._since = self._clock()
 
-    def add(self, tokens: int, flops: float) -> None:
+    def add(self, tokens: int, flops: float, waited_s: float | None = None) -> None:
         """Count one finished optimizer step: tokens and model FLOPs of its global batch, all devices together.
 
         Model FLOPs are those of forward and backward without recomputation (PaLM, Chowdhery et al. 2022, appendix B).
+        ``waited_s``: seconds this process waited for data; None where they are there at once.
         """
         self._tokens += tokens
         self._flops += flops
         self._steps += 1
+        if waited_s is not None:
+            self._waited_s = (self._waited_s or 0.0) + waited_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -119,7 +123,8 @@ class PerfMeter:
 
         ``perf/tokens_per_s`` is of all devices together, ``perf/tflops`` (1e12 model FLOP/s) and ``perf/mfu`` (a
         fraction, only where the device's peak is known) of one device, ``perf/step_time`` in seconds,
-        ``perf/memory_gib`` the peak of this process.
+        ``perf/memory_gib`` the peak of this process, ``perf/data_wait`` (where pictures are read) the share of the time
+        in which it waited for data.
         """
         seconds = self._clock() - self._since - self._paused_s
         found: dict[str, float] = {}
@@ -131,6 +136,8 @@ class PerfMeter:
                 "perf/tflops": per_device / 1e12,
                 "perf/memory_gib": peak_memory_gib(self._device),
             }
+            if self._waited_s is not None:
+                found["perf/data_wait"] = self._waited_s / seconds
             if self._peak is not None:
                 found["perf/mfu"] = per_device / self._peak
         self._restart()

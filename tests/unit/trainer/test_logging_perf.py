@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from trainer.feed import Feed
 from trainer.logging.perf import PerfMeter, peak_flops, peak_memory_gib
 
 
@@ -39,6 +41,30 @@ def test_rates_are_per_second_of_counted_time() -> None:
     meter.add(tokens=10, flops=1.0)
     clock.now += 1.0
     assert meter.read()["perf/tokens_per_s"] == pytest.approx(5.0)  # a new count since the last read
+
+
+def test_waiting_for_data_is_a_share_of_the_counted_time() -> None:
+    clock = Clock()
+    meter = PerfMeter(torch.device("cpu"), "fp32", world=1, clock=clock)
+    for waited in (1.0, 0.0, 2.0):
+        clock.now += 4.0
+        meter.add(tokens=1, flops=1.0, waited_s=waited)
+    assert meter.read()["perf/data_wait"] == pytest.approx(0.25)
+    clock.now += 4.0
+    meter.add(tokens=1, flops=1.0)
+    assert "perf/data_wait" not in meter.read()
+
+
+def test_a_feed_says_how_long_it_kept_one_waiting() -> None:
+    """The first is made while one waits; the second was made in the meantime."""
+    feed = Feed(lambda position: time.sleep(0.2), step=1, ahead=True)
+    feed.take(0)
+    first = feed.waited()
+    time.sleep(0.4)
+    feed.take(1, more=False)
+    second = feed.waited()
+    assert first is not None and second is not None and first >= 0.2 and second < 0.1
+    assert Feed(lambda position: None, step=1, ahead=False).waited() is None
 
 
 def test_mfu_is_a_fraction_of_one_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ class Data:
     """Rows are numbers: the row at position p is p; its document has p + 2 tokens, all but the first learnt."""
 
     channels = ("a", "b")
+    look = None
 
     def __init__(self, held_out: int):
         self.held_out, self.asked = held_out, []
