@@ -12,7 +12,9 @@ reads; of conversations and completions the answers count, of plain text everyth
 the answer is the choice with the highest log-likelihood behind the question, also taken per token and per byte.
 A row of --tasks is {"prompt": "..." or "messages": [...], "answer": TEXT, NUMBER or a list of them, "regex": ...}: the
 model writes a text, which is right if it equals an answer; with a regex, if what its first group finds equals one; with
-a regex alone, if it matches. --normalise says what is made alike before: case, whitespace, punctuation, numbers.
+a regex alone, if it matches. --normalise says what is made alike before: case, whitespace, punctuation, numbers. Of a
+whole conversation with neither answer nor regex the last message is the answer. A model that sees is shown the pictures
+of rows, which name them as training data do; a path is relative to the rows' file.
 --channel names the channel of the file before it; --format text reads any file as one text. Rows that cannot be used
 are counted, named and passed over. Exit code 0: measured; 2: a mistake in what was given.
 """
@@ -53,6 +55,7 @@ from trainer.evaluation.tokens import tokenizer_folder
 from trainer.failure import told_clearly
 from trainer.inference.loading import open_text_model
 from trainer.inference.settings import device_of, settings_of
+from trainer.pictures import picture_config
 from trainer.stages import NextTokenConfig
 
 Detail = Callable[[dict[str, Any]], None]
@@ -157,7 +160,7 @@ def _run_config(run: Path) -> RunConfig:
 
 
 def _corpora(args: argparse.Namespace, run: RunConfig | None, opened: Opened, folder: str) -> list[Corpus]:
-    context = opened.cfg.max_seq_len
+    context, pictures = opened.cfg.max_seq_len, picture_config(opened.cfg)
     corpora = []
     if run is not None:
         if not isinstance(run.stage, NextTokenConfig):
@@ -167,7 +170,7 @@ def _corpora(args: argparse.Namespace, run: RunConfig | None, opened: Opened, fo
                 f"the run in {args.run} (stage {run.stage.name}) learnt from {learnt}, of which no loss of texts can "
                 "be taken; its eval/ metrics are in its metrics.jsonl. Name texts with --data"
             )
-        corpora.append(perplexity.held_out(run.data, folder, run.stage.loss_on, run.run.seed, context))
+        corpora.append(perplexity.held_out(run.data, folder, run.stage.loss_on, run.run.seed, context, pictures))
     seq_len = args.seq_len or min(context, SEQ_LEN)
     if seq_len > context:
         raise ValueError(f"--seq-len {seq_len} is longer than the model's context of {context}")
@@ -175,7 +178,7 @@ def _corpora(args: argparse.Namespace, run: RunConfig | None, opened: Opened, fo
     sources = [SourceConfig(each.path, each.channel, format=each.format or "auto") for each in named]
     if sources:
         template = _template(args, opened)
-        corpora += perplexity.files(sources, template, folder, args.loss_on, seq_len, args.cache_dir)
+        corpora += perplexity.files(sources, template, folder, args.loss_on, seq_len, args.cache_dir, pictures)
     return corpora
 
 
@@ -245,8 +248,8 @@ def _attempts(
         max_cached_tokens=max(usual.max_cached_tokens, scorer.context), prefill_tokens=args.batch_tokens
     )
     generator = Generator(scorer.model, found.tokenizer, config, found.stop_tokens)
-    encoder = completions.TaskEncoder(found.tokenizer, found.render, args.chat)
-    tally, asked = completions.Tally(), (row for source in sources for row in tasks.read(source))
+    encoder = completions.TaskEncoder(found.tokenizer, found.render, args.chat, found.eyes)
+    tally, asked = completions.Tally(), (row for source in sources for row in tasks.read(source, found.eyes))
     with scorer.autocast():
         for attempted in completions.attempt(generator, asked, encoder, sampling, _judging(args), bad.add):
             tally.add(attempted)

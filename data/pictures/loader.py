@@ -54,19 +54,8 @@ class PictureLoader:
         if not plans:
             return document
         patches = [self._patches(cache, *each) for each in zip(records, plans, strict=True)]
-        features = [features_of(each, self.cfg) for each in plans]
-        first = np.concatenate([[0], np.cumsum(features)])[:-1]
-        order = [
-            np.where(each.order_F < 0, each.order_F, each.order_F + n) for each, n in zip(plans, first, strict=True)
-        ]
-        slots = [begin + np.arange(each.tokens) for begin, each in zip(at, plans, strict=True)]
-        pictures = Pictures(
-            torch.cat(patches),
-            tuple(grid for each in plans for grid in each.grids),
-            torch.from_numpy(np.concatenate(slots)),
-            torch.from_numpy(np.concatenate(order)),
-        )
-        return replace(document, pictures=pictures, features=sum(features))
+        pictures, features = gathered(plans, patches, at, self.cfg)
+        return replace(document, pictures=pictures, features=features)
 
     def _patches(self, cache: TokenCache, record: np.void, planned: Plan) -> torch.Tensor:
         where = cache.pictures.where(record)
@@ -80,6 +69,23 @@ class PictureLoader:
             size = f"{record['width']} x {record['height']}"
             raise ValueError(f"the picture {where} was {size} pixels and is {image.size[0]} x {image.size[1]}; {again}")
         return patches_of(image, planned, self.cfg)
+
+
+def gathered(
+    plans: Sequence[Plan], patches: Sequence[torch.Tensor], starts: Sequence[int], cfg: PictureConfig
+) -> tuple[Pictures, int]:
+    """The pictures of a document, whose tokens begin at `starts`, together; and how many features their tiles have."""
+    features = [features_of(each, cfg) for each in plans]
+    first = np.concatenate([[0], np.cumsum(features)])[:-1]
+    order = [np.where(each.order_F < 0, each.order_F, each.order_F + n) for each, n in zip(plans, first, strict=True)]
+    slots = [begin + np.arange(each.tokens) for begin, each in zip(starts, plans, strict=True)]
+    pictures = Pictures(
+        torch.cat(list(patches)),
+        tuple(grid for each in plans for grid in each.grids),
+        torch.from_numpy(np.concatenate(slots)),
+        torch.from_numpy(np.concatenate(order)),
+    )
+    return pictures, sum(features)
 
 
 def features_of(planned: Plan, cfg: PictureConfig) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,15 +14,18 @@ from tqdm import tqdm
 from data.cache_files import BadRow
 from data.chat import Render
 from data.formats import RowError
-from models.generation import Completion, Generator, Request, SamplingConfig
+from models.generation import Completion, Generator, Request, SamplingConfig, Sight
 from models.generation.config import Settings
 from trainer.evaluation.choices import ALL
 from trainer.evaluation.judging import Rule, Take, Verdict, judge
 from trainer.evaluation.rows import windows
 from trainer.evaluation.tasks import Task
+from trainer.inference.eyes import BLIND, Eyes
 
 WINDOW = 1024
 """Tasks in memory at one time; among them the generator puts like lengths together."""
+SHOWN_WINDOW = 128
+"""The same where they may have pictures, which are in memory too."""
 Z95 = 1.959963984540054
 """Of a normal distribution, 95 % lie within so many standard deviations."""
 
@@ -59,7 +61,7 @@ class Attempted:
         """A row for each text."""
         for each in self.texts:
             made = each.completion
-            yield dataclasses.asdict(self.task) | {
+            yield self.task.described() | {
                 "sample": made.sample,
                 "completion": made.text,
                 "extracted": each.verdict.extracted,
@@ -76,10 +78,19 @@ class TaskEncoder:
         tokenizer: a fast `transformers` tokenizer.
         render: the chat template, if there is one; messages need it.
         chat: a prompt that is a text is the user's turn too; otherwise it is plain text.
+        eyes: what the model makes of pictures.
     """
 
-    def __init__(self, tokenizer: Any, render: Render | None, chat: bool) -> None:
-        self._tokenizer, self._render, self._chat = tokenizer, render, chat
+    def __init__(self, tokenizer: Any, render: Render | None, chat: bool, eyes: Eyes = BLIND) -> None:
+        self._tokenizer, self._render, self._chat, self.eyes = tokenizer, render, chat, eyes
+
+    def shown(self, task: Task) -> tuple[list[int], Sight | None]:
+        """The prompt's tokens, and what they show.
+
+        Raises:
+            RowError: as `encode`, or a picture cannot be read.
+        """
+        return self.eyes.shown(self.encode(task), task.seen)
 
     def encode(self, task: Task) -> list[int]:
         """The prompt's tokens.
@@ -112,8 +123,9 @@ def attempt(
     """
     seed = sampling.seed if isinstance(sampling, SamplingConfig) else 0  # a search draws nothing
     with tqdm(unit="task", desc="tasks", disable=None) as bar:
-        for count, kept in windows(tasks, encoder.encode, WINDOW, bad):
-            requests = [Request(prompt, sampling, seed + i) for i, (_, prompt) in enumerate(kept)]
+        size = WINDOW if encoder.eyes.cfg is None else SHOWN_WINDOW
+        for count, kept in windows(tasks, encoder.shown, size, bad):
+            requests = [Request(tokens, sampling, seed + i, sight) for i, (_, (tokens, sight)) in enumerate(kept)]
             seed += len(kept)
             made = groupby(generator.generate(requests), key=lambda each: each.prompt)
             for (task, _), (_, texts) in zip(kept, made, strict=True):

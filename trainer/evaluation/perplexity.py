@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -16,9 +17,12 @@ import data.pipeline
 from data.batch import IGNORED, MicroBatch
 from data.cache_files import BadRow
 from data.config import DataConfig, SourceConfig, source_problems
+from data.formats import RowError
 from data.kinds import detect_format
 from data.order import Pieces
 from data.peers import Peers
+from data.pictures.rows import split_row
+from data.pictures.types import PictureConfig
 from data.pipeline import TrainingData
 from data.readers import READERS
 from data.sources import list_files
@@ -57,14 +61,16 @@ class Corpus:
         return self.data.report.bad_rows()
 
 
-def held_out(cfg: DataConfig, tokenizer: str, loss_on: str, seed: int, max_seq_len: int) -> Corpus:
+def held_out(
+    cfg: DataConfig, tokenizer: str, loss_on: str, seed: int, max_seq_len: int, pictures: PictureConfig | None = None
+) -> Corpus:
     """The held-out part of a run's data: the same documents, cuts, masks and channels as in its own evaluations.
 
     Raises:
         ValueError: nothing is held out, or the data cannot be read.
     """
     cfg = dataclasses.replace(cfg, tokenizer=tokenizer)
-    corpus = _built(cfg, loss_on, seed, max_seq_len)
+    corpus = _built(cfg, loss_on, seed, max_seq_len, pictures)
     if not len(corpus.held_out):
         raise ValueError(
             "the run holds nothing out (data.eval_fraction=0, no data.eval_sources); name files with --data FILE"
@@ -73,12 +79,19 @@ def held_out(cfg: DataConfig, tokenizer: str, loss_on: str, seed: int, max_seq_l
 
 
 def files(
-    sources: Sequence[SourceConfig], template: str | None, tokenizer: str, loss_on: str | None, seq_len: int, cache: str
+    sources: Sequence[SourceConfig],
+    template: str | None,
+    tokenizer: str,
+    loss_on: str | None,
+    seq_len: int,
+    cache: str,
+    pictures: PictureConfig | None = None,
 ) -> list[Corpus]:
     """Whole files, all of whose documents are evaluated; documents longer than `seq_len` are cut into such pieces.
 
     Args:
         loss_on: "assistant" or "all"; None = answers of conversations and completions, everything of plain text.
+        pictures: what the model makes of pictures, if it sees any.
 
     Raises:
         ValueError: a file cannot be read or holds nothing that can be evaluated.
@@ -89,13 +102,21 @@ def files(
             raise ValueError(f"{key}={value} {reason}: {way_out}")
         for source in sources:
             groups[loss_on or _usual_loss(source)].append(source)
-        return [_whole(group, template, tokenizer, learnt, seq_len, cache) for learnt, group in groups.items()]
+        return [
+            _whole(group, template, tokenizer, learnt, seq_len, cache, pictures) for learnt, group in groups.items()
+        ]
     except ValueError as error:
         raise ValueError(_as_options(str(error))) from error
 
 
 def _whole(
-    sources: Sequence[SourceConfig], template: str | None, tokenizer: str, learnt: str, seq_len: int, cache: str
+    sources: Sequence[SourceConfig],
+    template: str | None,
+    tokenizer: str,
+    learnt: str,
+    seq_len: int,
+    cache: str,
+    pictures: PictureConfig | None,
 ) -> Corpus:
     cfg = DataConfig(
         sources=tuple(sources),
@@ -107,14 +128,22 @@ def _whole(
         cache_dir=cache,
         max_bad_fraction=1.0,
     )
-    corpus = _built(cfg, learnt, 0, seq_len)
+    corpus = _built(cfg, learnt, 0, seq_len, pictures)
     corpus = dataclasses.replace(corpus, held_out=corpus.order.pieces)
     return Corpus(corpus, tokenizer, seq_len, corpus.report.bad_row_count)
 
 
-def _built(cfg: DataConfig, loss_on: str, seed: int, max_seq_len: int) -> TrainingData:
+def _built(
+    cfg: DataConfig, loss_on: str, seed: int, max_seq_len: int, pictures: PictureConfig | None
+) -> TrainingData:  # fmt: skip
     return data.pipeline.build(
-        cfg, tokenizer_folder=None, loss_on=loss_on, seed=seed, peers=Peers.alone(), max_seq_len=max_seq_len
+        cfg,
+        tokenizer_folder=None,
+        loss_on=loss_on,
+        seed=seed,
+        peers=Peers.alone(),
+        max_seq_len=max_seq_len,
+        pictures=pictures,
     )
 
 
@@ -126,13 +155,21 @@ def _usual_loss(source: SourceConfig) -> str:
             continue
         for start, stop, _ in READERS[file.kind].cut(file.path)[:1]:
             records = zip(range(64), READERS[file.kind].read(file.path, start, stop), strict=False)
-            rows += [row for _, (_, row, _) in records if row is not None]
+            rows += [_text_of(row) for _, (_, row, _) in records if row is not None]
     if not rows or source.format == "text":
         return "all"
     if any("choices" in row for row in rows):
         raise ValueError(f"--data {source.path} holds questions with choices: name it with --questions {source.path}")
     form = source.format if source.format != "auto" else detect_format(rows, source.path, KEY)
     return "all" if form == "text" else "assistant"
+
+
+def _text_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without its pictures, which tells what kind it is."""
+    try:
+        return split_row(row, "")[0]
+    except RowError:  # it will be counted as a bad one
+        return row
 
 
 def _as_options(message: str) -> str:

@@ -58,6 +58,8 @@ class Scorer:
                 batch.cu_seqlens,
                 targets_T=batch.targets_T.to(self.device),
                 channel_T=batch.channel_T.to(self.device),
+                pictures=None if batch.pictures is None else batch.pictures.to(self.device),
+                rotary_3T=None if batch.rotary_3T is None else batch.rotary_3T.to(self.device),
             )
         return loss_T.cpu()
 

@@ -91,10 +91,14 @@ def check(cfg: InferenceConfig, ranks: LauncherRanks) -> Opened:
             f"--workers {cfg.workers}"
         )
     model = cfg.model.open()
-    asking = Asking(cfg.sampling, cfg.chat, model.render is not None)
+    asking = Asking(cfg.sampling, cfg.chat, model.render is not None, model.eyes, str(cfg.data.parent))
     if cfg.chat and model.render is None:
         raise ValueError(f"--chat: the tokenizer in {model.folder} has no chat template; give --chat-template FILE")
     draft = None if cfg.draft is None else open_text_model(cfg.draft)
+    if cfg.backend == "vllm" and model.opened.cfg.vision is not None:
+        raise ValueError(
+            f"--backend vllm: {model.opened.path} sees pictures, which are not given to vLLM; leave it out"
+        )
     if cfg.backend == "vllm":
         vllm_backend.check_vllm(model, draft)
     elif problem := tp_problem(model.opened, cfg.tp):

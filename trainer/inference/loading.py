@@ -25,6 +25,7 @@ from parallel.sharding import SINGLE, Place
 from trainer import layout_rules
 from trainer.evaluation.scorer import check_memory
 from trainer.evaluation.tokens import tokenizer_folder
+from trainer.inference.eyes import BLIND, Eyes
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,6 +48,8 @@ class TextModel:
     """End of text by the tokenizer, generation_config.json and the chat template."""
     virtual: AdapterWeights | None = None
     """Virtual tokens that a run trained, before every text."""
+    eyes: Eyes = BLIND
+    """What it makes of pictures."""
 
 
 def open_text_model(
@@ -82,7 +85,7 @@ def open_text_model(
             f"{opened.files}: {GENERATION} names token {wrong[0]} as end of text and the model has {vocab} tokens: the "
             "file belongs to another model; copy the right one there"
         )
-    return TextModel(opened, made, folder, render, stop_tokens, virtual)
+    return TextModel(opened, made, folder, render, stop_tokens, virtual, Eyes.of(opened.cfg, made))
 
 
 def load_generator(

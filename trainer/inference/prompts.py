@@ -9,8 +9,10 @@ from typing import Any
 
 from data.chat import Render
 from data.formats import Row, RowError, check_messages
+from data.pictures.notes import Seen
 from models.generation import Request, SamplingConfig, sampling_config
 from models.generation.config import Settings
+from trainer.inference.eyes import BLIND, Eyes
 from trainer.inference.loading import TextModel
 
 CHARACTERS_PER_TOKEN = 4
@@ -28,12 +30,15 @@ class Asked:
     sampling: Settings
     seed: int | None
     """Of its first sample; None for searches, which draw nothing."""
+    seen: tuple[Seen, ...] = ()
+    """Its pictures."""
 
     @property
     def work(self) -> int:
         """About how many tokens it may come to."""
         characters = len(self.prompt) + sum(len(turn["content"]) for turn in self.messages or ())
-        return characters // CHARACTERS_PER_TOKEN + self.sampling.max_new_tokens
+        looked_at = sum(each.tokens for each in self.seen)
+        return characters // CHARACTERS_PER_TOKEN + looked_at + self.sampling.max_new_tokens
 
 
 class Asking:
@@ -43,13 +48,18 @@ class Asking:
         defaults: sampling settings of rows without their own, as `sampling_config` takes them.
         chat: write the prompts of rows down as a user's message.
         has_template: whether messages can be written down at all.
+        eyes: what is made of a row's pictures.
+        folder: what their relative paths start from.
 
     Raises:
         ValueError: settings that cannot be.
     """
 
-    def __init__(self, defaults: Mapping[str, Any], chat: bool, has_template: bool) -> None:
+    def __init__(
+        self, defaults: Mapping[str, Any], chat: bool, has_template: bool, eyes: Eyes = BLIND, folder: str = "."
+    ) -> None:
         self.defaults, self.chat, self.has_template = dict(defaults), chat, has_template
+        self.eyes, self.folder = eyes, folder
         self.sampling = sampling_config(self.defaults)
         self._made: dict[str, Settings] = {}
 
@@ -62,6 +72,7 @@ class Asking:
         Raises:
             RowError: it asks for nothing, or for something that cannot be.
         """
+        row, seen = self.eyes.look(row, self.folder)
         messages, prompt = self._prompt(row)
         if messages is not None and not self.has_template:
             raise RowError("the tokenizer has no chat template for messages; give --chat-template FILE, or a prompt")
@@ -73,7 +84,7 @@ class Asking:
         seed = None
         if isinstance(sampling, SamplingConfig):
             seed = sampling.seed if own is not None and "seed" in own else sampling.seed + line - 1
-        return Asked(messages, prompt, tools or None, sampling, seed)
+        return Asked(messages, prompt, tools or None, sampling, seed, seen)
 
     def _prompt(self, row: Row) -> tuple[list[Row] | None, str]:
         """Messages, or a text that goes on."""
@@ -114,13 +125,13 @@ class Asking:
 class Prompter:
     """Turns what is asked into tokens, as the model was trained to see it."""
 
-    def __init__(self, tokenizer: Any, render: Render | None) -> None:
-        self.tokenizer, self.render = tokenizer, render
+    def __init__(self, tokenizer: Any, render: Render | None, eyes: Eyes = BLIND) -> None:
+        self.tokenizer, self.render, self.eyes = tokenizer, render, eyes
 
     @staticmethod
     def of(model: TextModel) -> Prompter:
         """That of an opened model."""
-        return Prompter(model.tokenizer, model.render)
+        return Prompter(model.tokenizer, model.render, model.eyes)
 
     def chat(self, messages: list[Row], tools: list[Any] | None = None) -> list[int]:
         """Messages by the chat template, up to where the answer begins.
@@ -135,13 +146,14 @@ class Prompter:
         """A generator's request.
 
         Raises:
-            RowError: the template refuses the messages.
+            RowError: the template refuses the messages, or a picture cannot be read.
         """
         if asked.messages is None:
             tokens = self.tokenizer.encode(asked.prompt)
         else:
             tokens = self.chat(asked.messages, asked.tools)
-        return Request(tokens, asked.sampling, asked.seed)
+        tokens, sight = self.eyes.shown(tokens, asked.seen)
+        return Request(tokens, asked.sampling, asked.seed, sight)
 
 
 def _check_text(text: str, key: str) -> None:

@@ -131,7 +131,8 @@ def _work(task: Task, pipe: Connection) -> None:
 def _serve(task: Task, model: TextModel, backend: Backend, groups: Groups | None, tell: Callable[[Done], None]) -> None:
     place, owner = Workplace(task.cfg.out), Owner(task.session, task.worker)
     claims = Claims(place.folder / "claims", place.chunks, place.sessions(task.session), owner)
-    asking = Asking(task.cfg.sampling, task.cfg.chat, model.render is not None)
+    folder = str(task.cfg.data.parent)
+    asking = Asking(task.cfg.sampling, task.cfg.chat, model.render is not None, model.eyes, folder)
     part = Part(place.part(owner.name))
     with task.cfg.data.open("rb") as stream:
         desk = Desk(place, place.index(), claims, asking, Prompter.of(model), stream, part, tell, task.share)
