@@ -34,6 +34,9 @@ class RopeConfig:
     """llama3: wavelengths above original length / this are interpolated."""
     high_freq_factor: float = 4.0
     """llama3: wavelengths below original length / this are kept."""
+    sections: tuple[int, ...] = ()
+    """Pairs of dimensions that turn by a token's time, by its row and by its column (M-RoPE; Wang et al. 2024,
+    Qwen2-VL); empty: all turn by its position."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,20 @@ class ModelConfig:
         if rope.original_max_seq_len is not None and rope.original_max_seq_len < 1:
             way = "model.rope.original_max_seq_len=null for model.max_seq_len"
             found.append(("rope.original_max_seq_len", rope.original_max_seq_len, "must be at least 1", way))
-        return found
+        return found + (self._section_problems() if rope.sections else [])
+
+    def _section_problems(self) -> list[Problem]:
+        given = self.rope.sections
+        pairs = (self.mla.rope_dim if self.mla else self.head_dim) // 2
+        if len(given) != 3 or min(given) < 1 or sum(given) != pairs:
+            reason = f"are the {pairs} pairs of a head for time, row and column: three numbers, together {pairs}"
+            row = max((pairs - pairs // 4) // 2, 1)
+            way = f"model.rope.sections=[{pairs - 2 * row},{row},{row}]"
+            return [("rope.sections", list(given), reason, way)]
+        if self.rope.scaling == "dynamic":
+            reason = "measures a document by its tokens, and those of pictures do not count one by one"
+            return [("rope.scaling", "dynamic", reason, "model.rope.scaling=yarn, or model.rope.sections=[]")]
+        return []
 
 
 @dataclass(frozen=True)
