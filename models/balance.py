@@ -49,6 +49,7 @@ class Trained:
     layers: tuple[bool, ...]
     embedding: bool = True
     head: bool = True
+    vision: bool = True
 
 
 def costs_of(cfg: ModelConfig, row_length: int, trained: Trained | None = None) -> Costs:
@@ -64,14 +65,29 @@ def costs_of(cfg: ModelConfig, row_length: int, trained: Trained | None = None) 
     beside = ELEMENT_WISE * cfg.hidden_size * row_length
     times = [p + ATTENTION_SLOWNESS * (w - p) + beside for w, p in zip(whole, products, strict=True)]
     head = up_to(0, [row_length])
+    eyes = _eyes(cfg, row_length, trained is None or trained.vision)  # they stand before the first layer
     if trained is None:
-        return Costs(tuple(times), head)
+        return Costs((times[0] + eyes, *times[1:]), head)
     passed, layers = trained.embedding, []
     for all_of_it, linear, learns in zip(times, products, trained.layers, strict=True):
         backward = 2 / 3 * all_of_it - (0.0 if learns else 1 / 3 * linear)
         layers.append(1 / 3 * all_of_it + (backward if passed or learns else 0.0))
         passed = passed or learns
+    layers[0] += eyes
     return Costs(tuple(layers), head * (1.0 if trained.head else 2 / 3 if passed else 1 / 3))
+
+
+def _eyes(cfg: ModelConfig, row_length: int, trained: bool) -> float:
+    """Time of the tower for a row, the connector's with it, which is small. How many pictures rows have is not known
+    here: half of the tokens stand for some."""
+    if cfg.vision is None:
+        return 0.0
+    tower, connector = cfg.vision.tower, cfg.vision.connector
+    features = row_length / 2
+    per_tile = cfg.vision.features_per_tile
+    patches = features * (connector.block**2 if per_tile is None or tower.native else tower.grid**2 / per_tile)
+    weights = tower.num_layers * tower.hidden_size * (4 * tower.hidden_size + 2 * tower.intermediate_size)
+    return (6.0 if trained else 2.0) * weights * patches + ELEMENT_WISE * tower.hidden_size * patches
 
 
 def split_layers(costs: Costs, stages: int) -> tuple[int, ...]:

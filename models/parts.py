@@ -149,9 +149,8 @@ def trained_of(cfg: ModelConfig, parts: PartsConfig) -> Trained | None:
     layers = tuple(parts.trains(f"layers.{i}.", cfg) for i in range(cfg.num_layers))
     sees = cfg.vision is not None and (parts.vision.train or parts.connector.train)
     tied = cfg.tied_embeddings and cfg.head == "lm"
-    return Trained(
-        layers, sees or parts.trains(EMBEDDING, cfg), parts.trains(EMBEDDING if tied else "head.weight", cfg)
-    )
+    head = parts.trains(EMBEDDING if tied else "head.weight", cfg)
+    return Trained(layers, sees or parts.trains(EMBEDDING, cfg), head, parts.vision.train)
 
 
 def give_idle(model: Decoder) -> None:

@@ -19,4 +19,7 @@ def sharing_fault(model: ModelConfig, layout: ParallelConfig) -> Fault | None:
     if model.moe is not None:
         reason = "has routers, which would count a token once that belongs to several documents"
         return "model.moe", "set", reason, "a model without experts"
+    if model.vision is not None:
+        reason = "has pictures among the tokens, and those of a beginning would have to be shared too"
+        return "model.vision", "set", reason, "a model that sees nothing"
     return None

@@ -15,6 +15,7 @@ from models.config import MoEConfig
 from models.flops import step_flops
 from parallel.config import ParallelConfig
 from tests.cases import TINY
+from tests.integration.matrix.rows import model_of
 
 
 def every_cut(layers: int, stages: int) -> list[tuple[int, ...]]:
@@ -98,6 +99,22 @@ def test_frozen_parts_count_less() -> None:
     assert got.head == pytest.approx(whole.head * 2 / 3)
     passed = costs_of(cfg, 64, Trained((False,) * 4))  # the embedding is trained
     assert passed.layers[0] == pytest.approx(whole.layers[0] - products / 3)
+
+
+def test_a_tower_stands_before_the_first_layer_and_a_frozen_one_weighs_less() -> None:
+    """3 layers of 32 x (4 x 32 + 2 x 64) weights, and a patch for every second token; frozen ones run forward only."""
+    sees = model_of("llama_deep_sees_tiles")
+    blind, weights, patches = dataclasses.replace(sees, vision=None), 3 * 32 * (4 * 32 + 2 * 64), 32
+    beside = ELEMENT_WISE * 32 * patches
+    everything, plain = costs_of(sees, 64), costs_of(blind, 64)
+    frozen = costs_of(sees, 64, Trained((True,) * 8, vision=False))
+    assert everything.layers[0] - plain.layers[0] == pytest.approx(6 * weights * patches + beside)
+    assert frozen.layers[0] - plain.layers[0] == pytest.approx(2 * weights * patches + beside)
+    assert everything.layers[1:] == plain.layers[1:]
+    assert sees.vision is not None
+    deep = dataclasses.replace(sees.vision, tower=dataclasses.replace(sees.vision.tower, num_layers=48))
+    heavy = costs_of(dataclasses.replace(sees, vision=deep), 64)
+    assert split_layers(heavy, 2)[0] < split_layers(plain, 2)[0]
 
 
 @pytest.mark.parametrize(("schedule", "vpp"), [("1f1b", 1), ("interleaved", 2), ("zbv", 2)])
