@@ -7,8 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from safetensors.torch import save_file
+
+from convert.from_hf import hf_shapes
+from models import family_of
+from scripts.params import load_model
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SMOLLM2 = {
@@ -77,6 +83,16 @@ WORLD_FILES = (
 """What scripts/prepare_arithmetic.py, prepare_preferences.py and prepare_digits.py make."""
 
 
+def make_digits(folder: Path) -> None:
+    """An export of a run of conf/run/digits.yaml, whose names and shapes are looked at; its numbers are zeros."""
+    cfg = load_model("digits", [])
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(family_of(cfg).to_hf_config(cfg)))
+    (folder / "tokenizer.json").write_text("{}")
+    zeros = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in hf_shapes(cfg).items()}
+    save_file(zeros, folder / "model.safetensors")
+
+
 def make_world(folder: Path) -> Path:
     """Fill a folder with stand-ins for all that the named runs and the refusals refer to."""
     model = folder / "assets" / "smollm2-135m-instruct"
@@ -97,6 +113,7 @@ def make_world(folder: Path) -> Path:
         (folder / "runs" / run / "config.json").write_text(json.dumps(ARITHMETIC | {"architectures": [architecture]}))
         (folder / "runs" / run / "model.safetensors").write_bytes(b"")
         (folder / "runs" / run / "tokenizer.json").write_text("{}")
+    make_digits(folder / "runs" / "digits")
     for file in WORLD_FILES:
         (folder / "assets" / f"{file}.jsonl").write_text(row + "\n")
     (folder / "chats.jsonl").write_text(row + "\n")
