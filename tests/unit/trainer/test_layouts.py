@@ -15,6 +15,7 @@ from torch.nn import Identity
 import models
 from data.config import DataConfig
 from models.config import ModelConfig, MoEConfig
+from models.vision.config import ImageConfig, QFormerConfig, TowerConfig, VisionConfig
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.sharding import Axis, Place
 from tests.integration.matrix.rows import ROWS, Row, model_of
@@ -34,6 +35,16 @@ MODEL = ModelConfig(
     max_seq_len=128,
 )
 EXPERTS = MoEConfig(num_experts=6, top_k=2, expert_size=16)
+
+
+SEES = {
+    "vision": VisionConfig(
+        "loom",
+        TowerConfig("siglip", 32, 64, 2, 2, 4, 8),
+        QFormerConfig(hidden_size=48, intermediate_size=64, num_heads=6),
+        ImageConfig(),
+    )
+}
 
 
 def layout(rows: int = 24, micro: int = 1, model: Any = None, engine: Any = None, **parallel: Any) -> Layout:
@@ -99,6 +110,28 @@ REFUSED = [
     (2, {"pp": 2, "engine": {"zero": 2}}, "engine.zero", ["parallel.pp=2"], "engine.zero=1"),
     (2, {"pp": 2, "engine": {"zero": 3}}, "engine.zero", ["parallel.pp=2"], "engine.zero=1"),
     (2, {"ep": 2, "engine": {"zero": 3}, "model": {"moe": EXPERTS}}, "engine.zero", ["parallel.ep=2"], "engine.zero=2"),
+    (2, {"cp": 2, "model": SEES}, "parallel.cp", ["those that stand for one picture are not cut"], "parallel.cp=1"),
+    (
+        4,
+        {"tp": 4, "model": SEES},
+        "parallel.tp",
+        ["vision.tower.num_heads=2", "connector.num_heads=6"],
+        "parallel.tp=2",
+    ),
+    (
+        2,
+        {"pp": 2, "stage_layers": (0, 4)},
+        "parallel.stage_layers",
+        ["at least one layer"],
+        "parallel.stage_layers=null",
+    ),
+    (
+        2,
+        {"pp": 2, "stage_layers": (4, 0), "model": SEES},
+        "parallel.stage_layers",
+        ["at least one layer (the first may have none where the model sees)"],
+        "parallel.stage_layers=null",
+    ),
 ]
 
 
@@ -120,6 +153,7 @@ LEGAL = [
     (4, {"pp": 2, "schedule": "interleaved", "rows": 6}),  # 3 micro-batches: one round
     (4, {"pp": 4, "schedule": "zero_bubble", "vpp": 1}),
     (2, {"pp": 2, "stage_layers": (1, 3)}),
+    (2, {"pp": 2, "stage_layers": (0, 4), "model": SEES}),
     (8, {"tp": 2, "pp": 2, "cp": 2, "ep": 2, "model": {"moe": EXPERTS, "intermediate_size": 47}}),
     (6, {"ep": 6, "rows": 18, "engine": {"zero": 2}, "model": {"moe": EXPERTS}}),
     (4, {"cp": 4, "context": "ulysses"}),
