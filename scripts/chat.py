@@ -2,6 +2,7 @@
 
     python scripts/chat.py --model runs/quickstart/hf                    a conversation
     python scripts/chat.py --model runs/quickstart --prompt "What is the capital of France?"
+    python scripts/chat.py --model DIR --image cat.png --prompt "What is this?"
     python scripts/chat.py --model DIR < questions.txt > answers.txt     a conversation from a file, a message a line
 
 DIR is a Hugging Face folder, a run of Loom or one of its checkpoints, or a Megatron checkpoint. The conversation goes
@@ -12,6 +13,7 @@ mistake in the command line.
 Commands in a conversation (a message that begins with / needs a space before it; a line that ends with \\ goes on):
   /help                     these lines
   /set KEY=VALUE ...        change settings: /set temperature=0.7 top_p=0.9 max_new_tokens=512
+  /image PATH               show a picture with the next question (again for another); <image> in it says where
   /system TEXT              set the system prompt; alone, take it away
   /show                     model, settings, and the tokens used
   /retry                    answer the last question anew
@@ -47,7 +49,7 @@ class Terminal:
         self.talk, self.about, self.typed = talk, about, sys.stdin.isatty()
         self.commands = {
             "help": self.help, "set": self.set, "system": self.system, "show": self.show, "retry": self.retry,
-            "undo": self.undo, "reset": self.reset,
+            "undo": self.undo, "reset": self.reset, "image": self.image,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -132,6 +134,12 @@ class Terminal:
         self.talk.set(words_of(words))
         say(f"({settings_shown(self.talk.sampling)})")
 
+    def image(self, path: str) -> None:
+        if not path:
+            raise ValueError("/image needs the path of a picture")
+        self.talk.show(path)
+        say(f"(shown with the next question: {', '.join(self.talk.images)})")
+
     def system(self, text: str) -> None:
         self.talk.set_system(text or None)
         say("(the system prompt is set)" if text else "(the system prompt is taken away)")
@@ -151,6 +159,7 @@ class Terminal:
 
     def undo(self, _: str) -> None:
         say(f"(taken back: {self.talk.undo()})")
+        self.talk.images.clear()
 
     def reset(self, _: str) -> None:
         self.talk.reset()
@@ -180,6 +189,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint")
     parser.add_argument("--prompt", help="one question; without it a conversation starts")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="shown with the first question")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default), 1 = the model's own")
@@ -217,7 +227,10 @@ def open_talk(args: argparse.Namespace) -> tuple[Conversation, str]:
     generator = generator_of(found, device=device, dtype=precision, config=config)
     given: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     about = f"{args.model}: {found.opened.cfg.family}, {precision} on {device}"
-    return Conversation(Dialogue(generator), found.render, given, args.system), about
+    talk = Conversation(Dialogue(generator), found.render, given, args.system, eyes=found.eyes)
+    for path in args.image:
+        talk.show(path)
+    return talk, about
 
 
 def main() -> int:

@@ -11,10 +11,12 @@ from typing import Any
 
 from data.chat import Render
 from data.formats import RowError
-from models.generation import Request, SamplingConfig, sampling_config
+from data.pictures.rows import MARK
+from models.generation import Request, SamplingConfig, Sight, sampling_config
 from models.generation.config import Finish
 from models.generation.dialogue import Dialogue
 from models.generation.search_config import search_kind
+from trainer.inference.eyes import BLIND, Eyes
 from trainer.inference.settings import settings_of
 
 SHOWN = ("max_new_tokens", "temperature", "seed")
@@ -57,6 +59,9 @@ class Conversation:
     last: Answer | None = None
     asked: int = 0
     """Answers begun; each draws with another seed."""
+    eyes: Eyes = BLIND
+    images: list[str] = field(default_factory=list)
+    """Paths of the pictures that the next question shows."""
 
     def __post_init__(self) -> None:
         self.sampling = _sampling(self.given)
@@ -88,10 +93,22 @@ class Conversation:
                 raise ValueError("the chat template has no place for a system prompt; say it in the first message")
         self.system = text
 
+    def show(self, path: str) -> None:
+        """Show a picture with the next question; `<image>` says where in it, else pictures come first.
+
+        Raises:
+            ValueError: it cannot be used, or the model sees none.
+        """
+        try:
+            self.eyes.look({"prompt": MARK, "images": [path]}, ".")
+        except RowError as error:
+            raise ValueError(f"{error}".replace("the row has pictures, but ", "")) from error
+        self.images.append(path)
+
     def tokens(self) -> int:
-        """Tokens of all that was said."""
+        """Tokens of all that was said and shown."""
         messages = self._messages()
-        return len(self._tokens(messages, False)) if messages else 0
+        return len(self._tokens(messages, False)[0]) if messages else 0
 
     def answer(self, question: str) -> Pieces[str, None, None]:
         """The answer in pieces, as they come. However it ends (it may be closed), what came of it is kept.
@@ -100,17 +117,20 @@ class Conversation:
             TooLong: the conversation has no room in the context.
             ValueError: the chat template refuses it.
         """
-        asked = {"role": "user", "content": question}
-        prompt = self._tokens([*self._messages(), asked], True)
+        asked: Message = {"role": "user", "content": question}
+        if self.images:
+            marks = "" if MARK in question else MARK * len(self.images) + "\n"
+            asked = {"role": "user", "content": marks + question, "images": [*self.images]}
+        prompt, sight = self._tokens([*self._messages(), asked], True)
         if len(prompt) >= self.context:
             raise TooLong(
                 f"the conversation has {len(prompt):,} tokens with this question, and the model's context is "
                 f"{self.context:,}; {'forget some of it' if self.turns else 'shorten it'}"
             )
-        return self._answer(asked, prompt)
+        return self._answer(asked, prompt, sight)
 
-    def _answer(self, asked: Message, prompt: list[int]) -> Pieces[str, None, None]:
-        request = Request(prompt, self.sampling, self.sampling.seed + self.asked)
+    def _answer(self, asked: Message, prompt: list[int], sight: Sight | None) -> Pieces[str, None, None]:
+        request = Request(prompt, self.sampling, self.sampling.seed + self.asked, sight)
         self.asked += 1
         text, tokens, finish, began = "", 0, None, time.perf_counter()
         first = began
@@ -125,23 +145,25 @@ class Conversation:
         finally:
             if text or finish is not None:
                 self.turns += [asked, {"role": "assistant", "content": text}]
+                self.images.clear()
             self.last = Answer(len(prompt), tokens, finish, first - began, time.perf_counter() - began)
 
     def undo(self) -> str:
-        """Take back the last question and its answer; gives the question.
+        """Take back the last question and its answer; gives the question, whose pictures will be shown with the next.
 
         Raises:
             ValueError: there is none.
         """
         if not self.turns:
             raise ValueError("nothing was said yet")
-        question = self.turns[-2]["content"]
+        question, self.images = self.turns[-2]["content"], self.turns[-2].get("images", [])
         del self.turns[-2:]
         return question
 
     def reset(self) -> None:
         """Forget what was said; settings and system prompt stay."""
         self.turns.clear()
+        self.images.clear()
 
     def _messages(self) -> list[Message]:
         return [*([{"role": "system", "content": self.system}] if self.system is not None else []), *self.turns]
@@ -152,9 +174,16 @@ class Conversation:
         except RowError as error:
             raise ValueError(str(error)) from error
 
-    def _tokens(self, messages: list[Message], ask: bool) -> list[int]:
+    def _tokens(self, messages: list[Message], ask: bool) -> tuple[list[int], Sight | None]:
         tokenizer: Any = self.dialogue.generator.tokenizer
-        return tokenizer.encode(self._written(messages, ask), add_special_tokens=False)
+        images = [path for message in messages for path in message.get("images", ())]
+        said = [{key: value for key, value in message.items() if key != "images"} for message in messages]
+        try:
+            row, seen = self.eyes.look({"messages": said, "images": images}, ".")
+            text = self._written(row["messages"], ask)
+            return self.eyes.shown(tokenizer.encode(text, add_special_tokens=False), seen)
+        except RowError as error:
+            raise ValueError(str(error)) from error
 
 
 def settings_shown(sampling: SamplingConfig) -> str:

@@ -18,11 +18,17 @@ from data.chat import template_renderer
 from data.config import DataConfig, SourceConfig
 from data.formats import RowError
 from data.peers import Peers
+from models import Decoder
+from models.generation import Generator
+from models.generation.dialogue import Dialogue
+from parallel.sharding import SINGLE
+from tests import tp_cases
 from tests.sight_cases import MODELS
 from tests.unit.data.conftest import make_tokenizer
 from trainer.evaluation import tasks
 from trainer.evaluation.completions import TaskEncoder
 from trainer.evaluation.rows import RowFile
+from trainer.inference.conversation import Conversation
 from trainer.inference.eyes import BLIND, Eyes
 from trainer.inference.prompts import Asking, Prompter
 from trainer.pictures import picture_config
@@ -103,3 +109,34 @@ def test_a_model_that_sees_none_says_so(folder: Path) -> None:
     assert isinstance(bad, BadRow) and "sees none" in bad.reason
     with pytest.raises(ValueError, match="stands for pictures"):
         Eyes.of(MODELS["llava"], make_tokenizer())
+
+
+def test_a_conversation_keeps_its_pictures(folder: Path) -> None:
+    tokenizer: Any = make_tokenizer()
+    cfg = replace(MODELS["qwen2_vl"], vocab_size=len(tokenizer) + 1)
+    model = tp_cases.model_of(cfg, SINGLE)
+    assert isinstance(model, Decoder)
+    eyes, render = Eyes.of(cfg, tokenizer), template_renderer(tokenizer, None, "here")
+    generator = Generator(model, tokenizer)
+    talk = Conversation(Dialogue(generator), render, {"max_new_tokens": 4}, eyes=eyes)
+
+    def alone() -> str | None:
+        images = [path for turn in talk.turns for path in turn.get("images", ())]
+        said = [{"role": turn["role"], "content": turn["content"]} for turn in talk.turns[:-1]]
+        asking = Asking({"max_new_tokens": 4}, False, True, eyes)
+        request = Prompter(tokenizer, render, eyes).request(asking.asked({"images": images, "messages": said}, 1))
+        return generator.generate([request])[0].text
+
+    asked = [("a", "What?", "<image>\nWhat?"), ("b", "<image>?", "<image>?"), ("", "So?", "So?")]
+    for name, question, written in asked:
+        if name:
+            talk.show(str(folder / f"{name}.png"))
+        answer = "".join(talk.answer(question))
+        assert talk.turns[-2]["content"] == written and not talk.images
+        assert answer == talk.turns[-1]["content"] == alone()
+    talk.undo()
+    assert talk.undo() == "<image>?" and talk.images == [str(folder / "b.png")]
+    with pytest.raises(ValueError, match="cannot be opened"):
+        talk.show(str(folder / "none.png"))
+    with pytest.raises(ValueError, match="the model sees none"):
+        Conversation(talk.dialogue, render).show(str(folder / "a.png"))
