@@ -6,6 +6,7 @@ Qwen2-VL, Qwen2.5-VL, InternVL, BLIP-2. LLaVA is in `test_llava`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from data.pictures.types import PictureConfig, Pictures
 from models.decoder import Decoder
 from parallel.materialise import materialise
 from parallel.sharding import SINGLE
+from tests.pool import Pool
+from tests.seeing_cases import turned, turned_in_pool
 from trainer.pictures import picture_config
 
 PATCH, TOKEN = 7, 500
@@ -222,3 +225,11 @@ def test_logits_and_gradients_are_transformers(case: str, tmp_path: Path) -> Non
         torch.testing.assert_close(param.grad, told, rtol=1e-5, atol=1e-5 * told.abs().max().item() + 1e-7, msg=name)
         seen += 1
     assert seen > 40
+
+
+def test_rows_and_columns_turn_alike_over_tp(pool: Callable[[int], Pool]) -> None:
+    alone = turned()
+    assert (alone - turned(flat=True)).abs().max() > 1e-3
+    for cut in (False, True):
+        for rank in pool(2).run(turned_in_pool, cut):
+            torch.testing.assert_close(rank, alone, rtol=0, atol=1e-5)
