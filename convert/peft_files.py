@@ -174,7 +174,7 @@ def read_peft(folder: Path, model: ModelConfig) -> AdapterWeights:
             others["score.weight"] = stored.read().float()
         else:
             raise ValueError(f"{folder / WEIGHTS} holds {name}, for which there is no place")
-    names = sorted({Part(key.module, 0, 0).name for key in tensors})
+    names = sorted({Part(key.module, 0).name for key in tensors})
     cfg = type(cfg)(**{**vars(cfg), "targets": tuple(names)})
     expected = {key for param in parameters(adapted_layers(model, cfg), cfg) for key in param.keys}
     wrong = sorted(f"{key.module} ({key.kind})" for key in expected ^ tensors.keys())

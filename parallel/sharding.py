@@ -220,6 +220,11 @@ def keep(param: torch.nn.Parameter) -> None:
     vars(param)["kept"] = True
 
 
+def belong_to_base(param: torch.nn.Parameter) -> None:
+    """Undo `keep`: it is frozen, and saved with the model that an adapter is put on."""
+    vars(param).pop("kept", None)
+
+
 def is_kept(param: torch.Tensor) -> bool:
     """Whether a frozen parameter is saved with those that are trained."""
     return param.__dict__.get("kept", False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.adapters.config import AdapterConfig, BitfitConfig, LoraConfig
+from models.adapters.config import AdapterConfig, BitfitConfig, Ia3Config, LoraConfig
 from models.adapters.experts import adapted_experts
 from models.adapters.ia3 import Factors, scaled
 from models.adapters.lora import LowRank, adapted
@@ -20,7 +20,7 @@ from models.decoder import Decoder
 from models.heads import ScalarHead
 from parallel.dropout import Dropout
 from parallel.layers import RowLinear
-from parallel.sharding import Place
+from parallel.sharding import Place, belong_to_base, is_kept
 
 
 def attach(model: Decoder, cfg: AdapterConfig, seed: int = 0) -> None:
@@ -29,12 +29,18 @@ def attach(model: Decoder, cfg: AdapterConfig, seed: int = 0) -> None:
     Trained are the adapters (of BitFit the biases) and a scalar head, which a language model does not bring. Parameters
     keep their names; those of an adapter are `<layer>.adapter.<…>`.
     """
+    layers = layers_of(model, cfg.targets) if isinstance(cfg, LoraConfig | Ia3Config) else []
     model.requires_grad_(False)
+    idle = [param for param in model.parameters() if is_kept(param)]
+    for param in idle:
+        belong_to_base(param)
     if isinstance(model.head, ScalarHead):
         model.head.requires_grad_(True)
     if isinstance(cfg, BitfitConfig):
         for name, param in model.named_parameters():
             param.requires_grad_(param.requires_grad or name.endswith(".bias"))
+        for param in idle:
+            param.requires_grad_(False)
         return
     if isinstance(cfg, LoraConfig):
         for path, base in list(stacks(model)):
@@ -43,7 +49,7 @@ def attach(model: Decoder, cfg: AdapterConfig, seed: int = 0) -> None:
         attach_virtual(model, cfg)
         return
     plain = dict(linears(model))
-    for layer in layers_of(model, cfg.targets):
+    for layer in layers:
         if layer.experts:
             continue
         above, _, name = layer.path.rpartition(".")
@@ -58,7 +64,9 @@ def attach(model: Decoder, cfg: AdapterConfig, seed: int = 0) -> None:
     _name_tokens_to_dropouts(model)
 
 
-def _dropout(layer: Layer, base: Linear, cfg: LoraConfig, place: Place, seed: int) -> Dropout:
+def _dropout(layer: Layer, base: Linear, cfg: LoraConfig, place: Place, seed: int) -> Dropout | None:
+    if not layer.path.startswith("layers."):  # its rows are patches, and no token tells them apart
+        return None
     local, row = base.weight.shape[1], isinstance(base, RowLinear)
     first = place.tp.rank * local if row else 0
     return Dropout(cfg.dropout, seed, layer.path, range(first, first + local), not row, place)

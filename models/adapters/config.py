@@ -29,7 +29,8 @@ class LoraConfig:
     or all-linear: every one but the head. Experts are chosen by experts.gate_up_proj and experts.down_proj, never by
     all-linear; routers and shared experts take none."""
     dropout: float = 0.0
-    """Share of an adapter's input elements that are dropped in training; experts' adapters have none."""
+    """Share of an adapter's input elements that are dropped in training; those of experts and beside the decoder (a
+    vision tower's, a connector's) have none."""
     rank_stabilized: bool = False
     """Multiply with alpha / sqrt(rank) instead (rsLoRA)."""
     dora: bool = False

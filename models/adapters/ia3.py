@@ -25,12 +25,10 @@ class Factors(Switch):
             self.factor = parameter((layer.inputs,), Shard(0, (layer.inputs,)), "adapter", place)
             self.ends, self.chosen = [0, self.factor.shape[0]], (0,)
             return
-        inside = shard.local_parts(place.tp.size) if shard.dim == 0 else [part.outputs for part in layer.parts]
-        self.ends, self.chosen = list(accumulate(inside, initial=0)), layer.chosen
-        outputs = tuple(part.outputs for part in layer.adapted)
-        units = tuple(part.units for part in layer.adapted) if shard.units else ()
-        of = Shard(0, outputs, units) if shard.dim == 0 else REPLICATED
-        self.factor = parameter((sum(outputs),), of, "adapter", place, shard.dim is None and place.splits_rows)
+        self.ends = list(accumulate(layer.outputs_here(shard, place.tp.size), initial=0))
+        self.chosen = layer.chosen
+        of = Shard(0, layer.runs, layer.units) if shard.dim == 0 else REPLICATED
+        self.factor = parameter((sum(layer.runs),), of, "adapter", place, shard.dim is None and place.splits_rows)
 
     def of_all(self) -> torch.Tensor:
         """The factor of every output here (of a row layer: input), 1 where none is learnt."""

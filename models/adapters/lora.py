@@ -32,24 +32,22 @@ class LowRank(nn.Module):
     def __init__(self, layer: Layer, base: Linear, cfg: LoraConfig, place: Place) -> None:
         super().__init__()
         shard, r = shard_of(base.weight), cfg.rank
-        inside = shard.local_parts(place.tp.size) if shard.dim == 0 else [part.outputs for part in layer.parts]
-        ends = list(accumulate(inside, initial=0))
+        ends = list(accumulate(layer.outputs_here(shard, place.tp.size), initial=0))
         self.beside = Beside(cfg.scale, tuple((ends[i], ends[i + 1]) for i in layer.chosen))
         self.outputs = ends[-1]
-        outputs = tuple(part.outputs for part in layer.adapted)
-        units = tuple(part.units for part in layer.adapted) if shard.units else ()
+        outputs = sum(layer.runs)
         # Whole over tp, a parameter's gradient is a part where ranks see other outputs, inputs or rows.
         by_rows = place.splits_rows if isinstance(base, DownLinear) else True
         of_a = Shard(1, (layer.inputs,)) if shard.dim == 1 else REPLICATED
-        of_b = Shard(0, outputs, units) if shard.dim == 0 else REPLICATED
+        of_b = Shard(0, layer.runs, layer.units) if shard.dim == 0 else REPLICATED
 
         def pair() -> tuple[nn.Parameter, nn.Parameter]:
-            a = parameter((len(outputs) * r, layer.inputs), of_a, "adapter", place, by_rows and shard.dim != 1)
-            return a, parameter((sum(outputs), r), of_b, "adapter", place, by_rows and shard.dim != 0)
+            a = parameter((len(layer.chosen) * r, layer.inputs), of_a, "adapter", place, by_rows and shard.dim != 1)
+            return a, parameter((outputs, r), of_b, "adapter", place, by_rows and shard.dim != 0)
 
         self.a, self.b = pair()
         partial = by_rows and shard.dim != 0
-        self.magnitude = parameter((sum(outputs),), of_b, "adapter", place, partial) if cfg.dora else None
+        self.magnitude = parameter((outputs,), of_b, "adapter", place, partial) if cfg.dora else None
         self.start_a, self.start_b = pair() if cfg.init == "pissa" else (None, None)
         for start in (self.start_a, self.start_b):
             if start is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from torch import nn
 
@@ -18,7 +19,7 @@ from models.decoder import Decoder, build
 from models.families import family_of
 from models.rules import Concat, Rename
 from parallel.layers import ColumnLinear, RowLinear
-from parallel.sharding import shard_of
+from parallel.sharding import Shard, is_kept, shard_of
 
 Linear = ColumnLinear | RowLinear | DownLinear
 
@@ -31,8 +32,15 @@ class Part:
     """Its name in the Hugging Face model, as model.layers.0.self_attn.q_proj; of stacked experts that of their
     parameter, as model.layers.0.mlp.experts.gate_up_proj."""
     outputs: int
-    units: int
-    """Heads it is made of; 0 where it is not."""
+    units: tuple[int, ...] = ()
+    """Heads that each of its runs is made of; none where they are not."""
+    fused: tuple[int, ...] = ()
+    """Outputs of the layers that the Hugging Face model has fused in it, as q|k|v of some vision towers."""
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The outputs that are cut over tp for themselves."""
+        return self.fused or (self.outputs,)
 
     @property
     def name(self) -> str:
@@ -76,6 +84,23 @@ class Layer:
         above, _, last = self.path.rpartition(".")
         return f"{above}.adapter.{last}" if self.experts else f"{self.path}.adapter.low_rank"
 
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The runs of all parts that have one."""
+        return tuple(run for part in self.adapted for run in part.runs)
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The heads of `runs`."""
+        return tuple(unit for part in self.adapted for unit in part.units)
+
+    def outputs_here(self, shard: Shard, ranks: int) -> list[int]:
+        """How many outputs of each part one of `ranks` tp ranks has; `shard` is that of the weight."""
+        if shard.dim != 0:
+            return [part.outputs for part in self.parts]
+        local = iter(shard.local_parts(ranks))
+        return [sum(islice(local, len(part.runs))) for part in self.parts]
+
     def rows(self, part: int) -> tuple[int, int]:
         """Rows [start, stop) of a part in the whole weight."""
         start = sum(each.outputs for each in self.parts[:part])
@@ -92,21 +117,21 @@ def linears(model: Decoder) -> Iterator[tuple[str, Linear]]:
 
 def layers_of(model: Decoder, targets: Sequence[str]) -> list[Layer]:
     """Every linear layer of a decoder (or a chunk of one) and its stacked experts, with the parts that `targets`
-    choose; perhaps none."""
-    rules = {
-        rule.ours: rule for rule in family_of(model.cfg).rules(model.cfg) if isinstance(rule, Rename | Concat)
-    }
+    choose; perhaps none. What is kept for a checkpoint's sake and never runs has none."""
+    rules = {rule.ours: rule for rule in family_of(model.cfg).rules(model.cfg) if isinstance(rule, Rename | Concat)}
     found = []
     for path, module in linears(model):
         shard, rule = shard_of(module.weight), rules[f"{path}.weight"]
         outputs, inputs = shard.whole_shape(module.weight.shape)
         sizes = rule.sizes if isinstance(rule, Concat) else (outputs,)
-        units = shard.units or (0,) * len(sizes)
+        fused = shard.parts if shard.dim == 0 and len(shard.parts) > len(sizes) == 1 else ()
+        units = [shard.units] if len(sizes) == 1 else [shard.units[i : i + 1] for i in range(len(sizes))]
         parts = tuple(
-            Part(hf.removesuffix(".weight"), size, unit)
+            Part(hf.removesuffix(".weight"), size, unit, fused)
             for hf, size, unit in zip(rule.sources, sizes, units, strict=True)
         )
-        chosen = tuple(i for i, part in enumerate(parts) if part.chosen_by(targets))
+        runs = not is_kept(module.weight)
+        chosen = tuple(i for i, part in enumerate(parts) if runs and part.chosen_by(targets))
         found.append(Layer(path, inputs, isinstance(module, RowLinear), parts, chosen))
     return found + [layer for path, module in stacks(model) for layer in expert_layers(path, module, targets)]
 
@@ -123,7 +148,7 @@ def expert_layers(path: str, experts: Experts, targets: Sequence[str]) -> list[L
     for kind in ("gate_up", "down"):
         weight = getattr(experts, kind)
         _, outputs, inputs = shard_of(weight).whole_shape(weight.shape)
-        part = Part(f"model.{path}.{kind}_proj", outputs, 0)
+        part = Part(f"model.{path}.{kind}_proj", outputs)
         chosen = (0,) if part.chosen_by(targets) else ()
         found.append(Layer(f"{path}.{kind}", inputs, kind == "down", (part,), chosen, experts.number))
     return found
