@@ -9,6 +9,7 @@ from typing import Any
 
 from data.cache_files import BadRow
 from data.formats import RowError
+from data.pictures.rows import FIELDS
 from trainer.evaluation import rows
 from trainer.evaluation.rows import RowFile
 
@@ -41,6 +42,8 @@ def _question(row: dict[str, Any], file: str, line: int, channel: str) -> Questi
     key = next((name for name in ("question", "prompt") if name in row), None)
     if key is None:
         raise RowError(f"there is no question or prompt among its fields ({', '.join(map(str, row)) or 'none'})")
+    if any(row.get(name) for name in FIELDS):
+        raise RowError("it has pictures, which multiple choice does not show; ask it with --tasks and an answer")
     prompt = rows.text(row[key], key)
     choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) < 2:

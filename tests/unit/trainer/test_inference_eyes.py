@@ -25,7 +25,7 @@ from parallel.sharding import SINGLE
 from tests import tp_cases
 from tests.sight_cases import MODELS
 from tests.unit.data.conftest import make_tokenizer
-from trainer.evaluation import tasks
+from trainer.evaluation import questions, tasks
 from trainer.evaluation.completions import TaskEncoder
 from trainer.evaluation.rows import RowFile
 from trainer.inference.conversation import Conversation
@@ -107,6 +107,10 @@ def test_a_model_that_sees_none_says_so(folder: Path) -> None:
         Asking({}, False, True, BLIND, str(folder)).asked({"image": "a.png", "prompt": "a"}, 1)
     (bad,) = tasks.read(RowFile(str(folder / "rows.jsonl"), option="--tasks"))
     assert isinstance(bad, BadRow) and "sees none" in bad.reason
+    choosing = {"question": "a", "image": "a.png", "choices": ["b", "c"], "answer": 0}
+    (folder / "choices.jsonl").write_text(json.dumps(choosing))
+    (bad,) = questions.read(RowFile(str(folder / "choices.jsonl")))
+    assert isinstance(bad, BadRow) and "does not show" in bad.reason
     with pytest.raises(ValueError, match="stands for pictures"):
         Eyes.of(MODELS["llava"], make_tokenizer())
 
