@@ -94,7 +94,7 @@ def native_size(width: int, height: int, cfg: PictureConfig) -> tuple[int, int]:
 
 
 def best_resolution(width: int, height: int, grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Of (height, width) pairs the one in which most of the picture's pixels survive, then that with the least border."""
+    """Of (height, width) pairs the one in which most of its pixels survive, then that with the least border."""
     best, most, least = None, 0, math.inf
     for high, wide in grids:
         scale = min(wide / width, high / height)

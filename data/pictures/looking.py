@@ -29,7 +29,7 @@ def look_at(
     if not found:
         return row, (), b""
     if cfg is None:
-        raise RowError("the row has pictures, but the model sees none (model.vision=null)")
+        raise RowError("the row has pictures, but this run sees none (model.vision=null, or a stage with rollouts)")
     seen = tuple(_seen(where, cfg, max_pixels) for where in found)
     text = f"{cfg.begin}{cfg.token}{cfg.end}"
     row = replaced(row, lambda each: each.replace(MARK, text))

@@ -135,7 +135,7 @@ def test_a_row_that_cannot_be_seen_is_bad(build, files, tmp_path: Path, row: dic
 
 
 def test_a_model_that_sees_nothing_refuses_pictures(build, files) -> None:
-    with pytest.raises(GateError, match="the row has pictures, but the model sees none"):
+    with pytest.raises(GateError, match="the row has pictures, but this run sees none"):
         build([{"text": "<image>", "image": "a.png"}], pictures=False)
 
 
