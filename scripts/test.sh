@@ -18,8 +18,10 @@ say "ruff check";          ruff check
 say "ruff format --check"; ruff format --check
 
 types_and_tests() { # the rest are pytest's words
-    say "pyright"; pyright --warnings || return
-    say "pytest $*"; python -m pytest --durations=10 "$@"
+    local worst=0
+    say "pyright"; pyright --warnings || worst=$?
+    say "pytest $*"; python -m pytest --durations=10 "$@" || worst=$?
+    return "$worst"
 }
 
 if (($#)); then

@@ -43,7 +43,8 @@ def test_the_text_has_a_place_for_the_picture(row: dict, wanted: dict) -> None:
 
 
 def test_pictures_within_messages_stand_where_they_are_named() -> None:
-    content = [{"type": "text", "text": "a"}, {"type": "image", "image": "x.png"}, {"type": "text", "text": "b"}]
+    content: list[dict[str, object]] = [{"type": "text", "text": "a"}, {"type": "image", "image": "x.png"}]
+    content.append({"type": "text", "text": "b"})
     content.append({"type": "image_url", "image_url": {"url": "file:///y.png"}})
     row, found = split_row({"messages": [{"role": "user", "content": content}, ANSWER]}, "/data")
     assert row["messages"][0]["content"] == "a<image>b<image>"
