@@ -40,7 +40,7 @@ def keep_few_products(tokens: int = 2048) -> None:
     """Have oneDNN and its wrapper keep few compiled products unless the user has said how many: for micro-batches of so
     many tokens. To be called before the first product: they read it then, and there is no other setting."""
     if not any(name in os.environ for name in PRODUCTS_VARIABLES):
-        os.environ[PRODUCTS_VARIABLES[0]] = str(PRODUCTS + tokens // TOKENS_OF_A_PRODUCT)
+        os.environ[PRODUCTS_VARIABLES[0]] = str(max(PRODUCTS, PRODUCTS // 2 + tokens // TOKENS_OF_A_PRODUCT))
     os.environ.setdefault(WRAPPED_VARIABLE, str(WRAPPED))
 
 

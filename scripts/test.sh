@@ -35,7 +35,7 @@ mkdir -p .cache
 readonly BESIDE=.cache/test_beside.log
 set -m # a process group of its own, to be ended as a whole
 {
-    types_and_tests tests/unit tests/numerics >"$BESIDE" 2>&1 || { say "FAILED: see $BESIDE"; exit 1; }
+    types_and_tests tests/numerics tests/unit >"$BESIDE" 2>&1 || { say "FAILED: see $BESIDE"; exit 1; }
 } &
 readonly LANE=$!
 set +m

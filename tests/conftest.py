@@ -9,6 +9,13 @@ import pytest
 from tests.pool import Pool
 
 
+@pytest.fixture(autouse=True)
+def no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever built groups in this process left a local rank in the environment (DeepSpeed insists on it), which others
+    take for a launcher's."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Pool]]:
     """``pool(n)``: n processes, started at first use."""

@@ -50,7 +50,9 @@ def random_adapter(base: Path, folder: Path, config: Any) -> Any:
     """An adapter made by peft, none of whose tensors is at its start, saved by peft in `folder`."""
     from peft import get_peft_model
 
-    model = get_peft_model(hf_model(base), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)  # peft draws A
+        model = get_peft_model(hf_model(base), config)
     random = torch.Generator().manual_seed(11)
     for name, param in model.named_parameters():
         if param.requires_grad and "lora_A" not in name:

@@ -20,7 +20,8 @@ from convert.from_hf import open_hf
 from convert.megatron.args import to_args
 from convert.megatron.layout import Layout, problems
 from convert.megatron.writing import begin_torch
-from models import FAMILIES, ModelConfig, RopeConfig
+from models import ModelConfig, RopeConfig
+from models.text_families import TEXT_FAMILIES
 from scripts.params import load_model
 from tests import megatron_cases
 from tests.megatron_cases import Sizes
@@ -94,7 +95,7 @@ CASES: dict[str, tuple[ModelConfig, Layout]] = {
 
 def hf_model(cfg: ModelConfig) -> Any:
     """A transformers model of random weights, norms and biases included."""
-    keys = FAMILIES[cfg.family].to_hf_config(cfg)
+    keys = TEXT_FAMILIES[cfg.family].to_hf_config(cfg)
     del keys["architectures"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys)).eval()
     draw = torch.Generator().manual_seed(11)
@@ -159,9 +160,9 @@ def test_bf16_but_for_the_routers_bias(pool: Callable[[int], Pool], tmp_path: Pa
 
 def test_every_family_axis_and_naming_is_among_the_cases() -> None:
     layouts = [layout for _, layout in CASES.values()]
-    assert {cfg.family for cfg, _ in CASES.values()} == set(FAMILIES)
+    assert {cfg.family for cfg, _ in CASES.values()} == set(TEXT_FAMILIES)
     assert all(any(getattr(layout, axis) > 1 for layout in layouts) for axis in ("tp", "pp", "vpp", "ep"))
-    for family in FAMILIES:
+    for family in TEXT_FAMILIES:
         of_family = [layout for cfg, layout in CASES.values() if cfg.family == family]
         assert any(layout.tp * layout.ep > 1 for layout in of_family)
         assert any(layout.pp > 1 for layout in of_family) or family == "mixtral"

@@ -142,5 +142,5 @@ def test_a_conversation_keeps_its_pictures(folder: Path) -> None:
     assert talk.undo() == "<image>?" and talk.images == [str(folder / "b.png")]
     with pytest.raises(ValueError, match="cannot be opened"):
         talk.show(str(folder / "none.png"))
-    with pytest.raises(ValueError, match="the model sees none"):
+    with pytest.raises(ValueError, match="sees none"):
         Conversation(talk.dialogue, render).show(str(folder / "a.png"))
