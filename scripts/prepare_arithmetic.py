@@ -18,7 +18,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prepare_quickstart import one_at_a_time, whole_folder
@@ -111,8 +111,8 @@ def _pair(each: Sum, off: int) -> dict[str, object]:
     return {"prompt": [_user(question)], "chosen": [chosen], "rejected": [rejected], "channel": channel}
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A tokenizer whose tokens are bytes and marks. Returns how many there are."""
+def write_tokenizer(folder: Path, marks: Sequence[str] = MARKS, tags: Sequence[str] = TAGS) -> int:
+    """A tokenizer whose tokens are bytes, marks, and tags, which are part of a text. Returns how many there are."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -120,8 +120,8 @@ def write_tokenizer(folder: Path) -> int:
     made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
     made.decoder = decoders.ByteLevel()  # pyright: ignore
-    made.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
-    made.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])  # they are part of a text
+    made.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    made.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     whole = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|pad|>")
     whole.chat_template = TEMPLATE
     whole.save_pretrained(folder)

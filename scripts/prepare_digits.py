@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
-from prepare_arithmetic import TEMPLATE
+from prepare_arithmetic import write_tokenizer
 from prepare_quickstart import one_at_a_time, whole_folder
 
 SIDE = 28
@@ -105,26 +105,10 @@ def write_data(folder: Path, seed: int) -> dict[str, int]:
     return {name: len(rows) for name, rows in files.items()}
 
 
-def write_tokenizer(folder: Path) -> int:
-    """A tokenizer whose tokens are bytes and marks. Returns how many there are."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
-    made.decoder = decoders.ByteLevel()  # pyright: ignore
-    made.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
-    whole = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", pad_token="<|pad|>")
-    whole.chat_template = TEMPLATE
-    whole.save_pretrained(folder)
-    return len(whole)
-
-
 def prepare(assets: Path, seed: int) -> None:
     """Make assets/digits anew; what is there is replaced when all is written."""
     with whole_folder(assets / "digits") as folder:
-        tokens = write_tokenizer(folder / "tokenizer")
+        tokens = write_tokenizer(folder / "tokenizer", MARKS, ())
         counts = write_data(folder, seed)
     print(f"{assets / 'digits'}: {', '.join(f'{n} {name}' for name, n in counts.items())}; {tokens} tokens")
 
