@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from data.kinds import FORMAT_NAMES
 
 PACKINGS = ("best_fit", "none")
+PILLOWS_LIMIT = 178_956_970
+"""Pixels of a picture beyond which Pillow takes it for a decompression bomb."""
 
 Problem = tuple[str, object, str, str]
 """(key, value, reason, way out)"""
@@ -59,7 +61,7 @@ class DataConfig:
     """Where token caches live; every rank must see the same folder."""
     max_bad_fraction: float = 0.0
     """Share of malformed rows of one source up to which the run goes on without them."""
-    max_picture_pixels: int = 178_956_970
+    max_picture_pixels: int = PILLOWS_LIMIT
     """Pixels of a picture up to which it is decoded; a small file may hold far more."""
     picture_workers: int = 2
     """Threads of each process that read pictures ahead of the step that needs them."""
@@ -102,6 +104,10 @@ def problems(cfg: DataConfig) -> list[Problem]:
     for name in ("max_picture_pixels", "picture_workers"):
         if getattr(cfg, name) < 1:
             found.append((f"data.{name}", getattr(cfg, name), "must be at least 1", f"data.{name}=1 or more"))
+    if cfg.max_picture_pixels > PILLOWS_LIMIT:
+        reason = "Pillow itself refuses larger pictures"
+        way = f"data.max_picture_pixels={PILLOWS_LIMIT}"
+        found.append(("data.max_picture_pixels", cfg.max_picture_pixels, reason, way))
     for key, path, test in (
         ("data.tokenizer", cfg.tokenizer, os.path.isdir),
         ("data.chat_template", cfg.chat_template, os.path.isfile),

@@ -30,6 +30,8 @@ CASES = [
     ({"eval_fraction": 1.0}, "data.eval_fraction", "0.01"),
     ({"max_bad_fraction": -0.1}, "data.max_bad_fraction", "0 stops"),
     ({"random_channels": -1}, "data.random_channels", "0 turns it off"),
+    ({"max_picture_pixels": 10**9}, "data.max_picture_pixels", "data.max_picture_pixels=178956970"),
+    ({"picture_workers": 0}, "data.picture_workers", "data.picture_workers=1 or more"),
     ({"tokenizer": "/nowhere/tok"}, "data.tokenizer", "has no"),
     ({"chat_template": "/nowhere/t.jinja"}, "data.chat_template", "has no"),
 ]
