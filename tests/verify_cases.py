@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 import models.blocks.attention
+import models.vision.eyes
 import parallel.engine
 import parallel.experts
 import parallel.gradients
@@ -206,6 +207,11 @@ def _pairs_reported_twice() -> mock._patch:
     return mock.patch.object(trainer.channels, "local_sums", local_sums)
 
 
+def _features_of_own_rows_only() -> mock._patch:
+    """What a tp rank's rows say of a picture's features is not summed over tp."""
+    return mock.patch.object(models.vision.eyes, "copy_to", lambda x, axis: x)
+
+
 FAULTS: dict[str, Callable[[], mock._patch]] = {
     "missing_all_reduce": _missing_all_reduce,
     "missing_backward_sum": _missing_backward_sum,
@@ -225,5 +231,6 @@ FAULTS: dict[str, Callable[[], mock._patch]] = {
     "half_a_document": _half_a_document,
     "reference_of_the_policy": _reference_of_the_policy,
     "pairs_reported_twice": _pairs_reported_twice,
+    "features_of_own_rows_only": _features_of_own_rows_only,
 }
 """Name -> a patch that plants it, to be entered."""

@@ -67,6 +67,9 @@ CLEAN = {
     "reward, tp=2 with sequence parallel": ("model=tiny_llama parallel=tp2 stage=reward stage.share_prompt=true", 2),
     "dpo, cp=2": ("model=tiny_llama parallel.cp=2 stage=dpo stage.sft_weight=0.5", 2),
     "kto, pp=2": ("model=tiny_qwen2 parallel.pp=2 stage=dpo stage.loss=kto", 2),
+    "a model that sees, tp=2 with sequence parallel": ("model=llava_next_7b parallel=tp2", 2),
+    "a native one, pp=2": ("model=tiny_qwen2_vl parallel.pp=2", 2),
+    "queries, zero 3, dpo": ("model=tiny_blip2 engine=zero3 stage=dpo", 2),
     "ppo, ep=2": ("model=tiny_deepseek_v3 parallel.ep=2 stage=ppo stage.kl=loss stage.kl_estimator=k2", 2),
 }
 
@@ -160,6 +163,10 @@ FOUND = {
     "pairs_reported_twice": (
         "model=tiny_llama parallel.tp=2 stage=dpo",
         ("every output and gradient is right", "pairs are counted twice or left out: "),
+    ),
+    "features_of_own_rows_only": (
+        "model=llava_next_7b parallel=tp2",
+        ("every module's output is right", "connector differs first: gradient of connector.", "a sum in the backward"),
     ),
 }
 

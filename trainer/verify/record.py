@@ -28,6 +28,7 @@ from trainer.build import make_engine
 from trainer.config import RunConfig
 from trainer.logging.log import NullLog
 from trainer.loop import Progress, Trainer
+from trainer.pictures import picture_config
 from trainer.verify.learning import preparation, stage_of
 from trainer.verify.rows import MadeUpRows
 
@@ -93,7 +94,8 @@ def record(cfg: RunConfig, groups: Groups) -> Record:
     found.start = _ranges(engine, "master")
     watch = _Watch(engine.chunks, groups, groups.place(cfg.parallel), found)
     log = _Numbers(found)
-    stage, rows = stage_of(cfg, groups), MadeUpRows(cfg.data, cfg.model.vocab_size, cfg.stage)
+    stage = stage_of(cfg, groups)
+    rows = MadeUpRows(cfg.data, cfg.model.vocab_size, cfg.stage, picture_config(cfg.model))
     made_up: Any = rows
     trainer = Trainer(
         cfg=cfg,

@@ -1,15 +1,22 @@
 """Made-up training rows that a layout cannot treat evenly: documents of 1 token to a whole row, few targets in some,
-channels that most rows do not have. For preferences pairs or judged answers, for a policy samples with advantages."""
+channels that most rows do not have. For preferences pairs or judged answers, for a policy samples with advantages. A
+model that sees is shown pictures of noise, none in most documents, several tiles in others."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from data.batch import Document, MicroBatch, Row, collate, empty_micro_batch, split_ragged, split_rows
 from data.config import DataConfig
 from data.mismatched import dealt, mismatched
+from data.pictures.geometry import plan
+from data.pictures.loader import gathered
+from data.pictures.positions import rotary_positions
+from data.pictures.types import PictureConfig
 from trainer.config import shares_prompts
 from trainer.stages import NextTokenConfig, PolicyConfig, StageConfig
 
@@ -27,14 +34,16 @@ class MadeUpRows:
         cfg: the data section; its sources are not read.
         vocab: ids are below it.
         stage: says what is learnt, and what has to be known of tokens and documents besides.
+        pictures: how a model that sees is shown them; None for others.
     """
 
     channels = CHANNELS
     look = None
 
-    def __init__(self, cfg: DataConfig, vocab: int, stage: StageConfig) -> None:
+    def __init__(self, cfg: DataConfig, vocab: int, stage: StageConfig, pictures: PictureConfig | None = None) -> None:
         self.cfg, self.vocab, self.stage = cfg, vocab, stage
         self.share = "pair" if shares_prompts(stage) else None
+        self.pictures = pictures if self.share is None and stage.learns_from != "unpaired" else None
 
     def global_batch(self, position: int, rows: int) -> list[Row]:
         """The rows of one step, the same at every layout."""
@@ -67,6 +76,11 @@ class MadeUpRows:
     def row(self, number: int) -> list[Document]:
         """Row ``number`` of the run, as long as data.seq_len or shorter."""
         random = np.random.default_rng([11, number])
+        found = self._row(number, random)
+        seen = self.pictures
+        return found if seen is None else [_shown(doc, seen, random) if number % 3 else doc for doc in found]
+
+    def _row(self, number: int, random: np.random.Generator) -> list[Document]:
         if self.stage.learns_from == "preference":
             return self._pairs(number, random)
         if isinstance(self.stage, NextTokenConfig):
@@ -127,3 +141,20 @@ class MadeUpRows:
 
     def _channel(self, number: int) -> int:
         return 2 if number % 7 == 3 else 1 if number % 3 == 2 else 0
+
+
+def _shown(doc: Document, cfg: PictureConfig, random: np.random.Generator) -> Document:
+    """The document with a picture somewhere among its tokens, if it is long enough for one."""
+    side = cfg.tile or 4 * cfg.patch * cfg.block
+    width, height = (int(side * random.uniform(0.5, 2.0)) for _ in range(2))
+    planned, length = plan(width, height, cfg), len(doc.tokens_L)
+    if length < planned.tokens + 2:
+        return doc
+    start = int(random.integers(0, length - planned.tokens - 1))
+    patches = sum(rows * cols for rows, cols in planned.grids)
+    numbers = random.standard_normal((patches, 3 * cfg.frames * cfg.patch**2), dtype=np.float32)
+    pictures, features = gathered([planned], [torch.from_numpy(numbers)], [start], cfg)
+    learn_L = doc.learn_L.copy()
+    learn_L[start : start + planned.tokens] = False
+    rotary_3L = rotary_positions(length, [(start, planned.shape)]) if cfg.rotary else None
+    return dataclasses.replace(doc, learn_L=learn_L, pictures=pictures, features=features, rotary_3L=rotary_3L)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from models.vision.config import PerceiverConfig, QFormerConfig, ResamplerConfig, VisionConfig
+from models.vision.config import ImageConfig, PerceiverConfig, QFormerConfig, ResamplerConfig, TowerConfig, VisionConfig
 
 LAYERS, HEAD = 2, 8
+PATCH, QUERIES = 4, 3
 
 
 def shrunk_vision(vision: VisionConfig, decoder_heads: int) -> VisionConfig:
@@ -25,16 +26,31 @@ def shrunk_vision(vision: VisionConfig, decoder_heads: int) -> VisionConfig:
         num_layers=layers,
         feature_layer=max(tower.feature_layer, -layers),
         full_layers=(layers - 1,) if tower.full_layers else (),
+        patch_size=PATCH,
+        image_size=None if tower.native else 2 * PATCH * connector.block,
+        window_size=None if tower.window_size is None else 2 * PATCH * connector.block,
     )
     changed: dict[str, Any] = {}
     if isinstance(connector, QFormerConfig | PerceiverConfig):
-        changed["num_layers"] = min(connector.num_layers, LAYERS)
+        changed |= {"num_layers": min(connector.num_layers, LAYERS), "queries": min(connector.queries, QUERIES)}
     if isinstance(connector, QFormerConfig):
         width = min(connector.hidden_size, HEAD * connector.num_heads)
         changed |= {"hidden_size": width, "intermediate_size": 2 * width}
     if isinstance(connector, ResamplerConfig):
-        changed["num_heads"] = decoder_heads
-    return dataclasses.replace(vision, tower=small, connector=dataclasses.replace(connector, **changed))
+        changed |= {"num_heads": decoder_heads, "side": min(connector.side, 2)}
+    images = _shrunk_images(vision.images, tower, small, connector.block)
+    return dataclasses.replace(vision, tower=small, connector=dataclasses.replace(connector, **changed), images=images)
+
+
+def _shrunk_images(images: ImageConfig, tower: TowerConfig, small: TowerConfig, block: int) -> ImageConfig:
+    """Pictures of few features, cut into tiles as those of the config are."""
+    feature = (PATCH * block) ** 2  # pixels
+    grids = images.grids
+    if tower.image_size is not None and small.image_size is not None:
+        old, new = tower.image_size, small.image_size
+        grids = tuple((max(high // old, 1) * new, max(wide // old, 1) * new) for high, wide in grids)
+    most = max(min(images.max_tiles, 4), images.min_tiles)
+    return dataclasses.replace(images, grids=grids, max_tiles=most, min_pixels=feature, max_pixels=9 * feature)
 
 
 def shrunk_sections(pairs: int) -> tuple[int, int, int]:
