@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.cache_files import VERSION, Item, ShardInfo, ShardWriter, TokenCache, is_complete, write_manifest
+from data.captions import captioned, ends_of
 from data.chat import ChatTemplate, special_tokens, template_renderer
 from data.config import SourceConfig
 from data.disk import new_build_folder, not_shared, put_in_place, writing
@@ -67,7 +68,7 @@ class Maker:
         """The tokenizer and its facts."""
         if self._loaded is None:
             tokenizer = load_tokenizer(self.folder, self.key)
-            if self.pictures is not None:
+            if self.pictures is not None and not self.pictures.placeless:
                 add_special(tokenizer, self.pictures.token)
             self._loaded = tokenizer, describe(tokenizer)
         return self._loaded
@@ -80,11 +81,12 @@ class Maker:
             render = template_renderer(tokenizer, self._template(), self.template_path or self.folder)
             return ChatTemplate(render, special_tokens(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
 
-        return Encoder(tokenizer, info, chat, self.loss_on, self.pictures.token if self.pictures else None)
+        picture = self.pictures.token if self.pictures else None
+        return Encoder(tokenizer, info, chat, self.loss_on, picture, ends_of(tokenizer))
 
     def around(self) -> tuple[int, int]:
         """Tokens before and behind those of a picture that belong to it."""
-        if self.pictures is None:
+        if self.pictures is None or self.pictures.placeless:
             return 0, 0
         backend = self.load()[0].backend_tokenizer
         ends = (self.pictures.begin, self.pictures.end)
@@ -190,6 +192,7 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
                         if row is None:
                             raise RowError(reason)
                         channel = _channel(plan.source, file, row)
+                        row = captioned(row) if plan.kind == "captions" else row
                         folder = plan.source.image_dir or os.path.dirname(file.path)
                         row, seen, identity = look_at(row, folder, plan.maker.pictures, plan.maker.max_pixels)
                         samples = parse(as_chat(row, plan.kind != "prompts") if plan.source.as_chat else row)
@@ -200,7 +203,7 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
                         continue
                     for sample, documents in made:
                         note = None
-                        if plan.kind != "text":
+                        if KINDS[plan.kind].noted:
                             note = make_note(sample, documents[0].text, unit.file, lines.whole(unit, line))
                         place = (unit.file, lines.whole(unit, line)) if seen else (0, 0)
                         batch.append(Item(documents, channel, note, seen, place))

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.encode import Encoded, Prepared
-from data.kinds import KindName
+from data.kinds import KINDS, KindName
 from data.notes import NOTE, Note, NoteWriter, create, read_row
 from data.pictures.notes import PictureNotes, PictureWriter, Seen
 from data.tokenizer import TokenizerInfo
@@ -78,7 +78,7 @@ class Item:
     """Two of a pair, one of anything else."""
     channel: str
     note: Note | None = None
-    """Of every sample, unless the kind of the cache is text."""
+    """Of every sample, where the kind of the cache has notes."""
     pictures: tuple[Seen, ...] = ()
     """In the order of their places in the text; all documents of the sample have them."""
     place: tuple[int, int] = (0, 0)
@@ -107,7 +107,7 @@ class ShardWriter:
         self._streams: dict[str, BinaryIO] = {}
         for name in ("tokens", "learn", "bad.jsonl"):
             self._streams[name] = self._open.enter_context(create(f"{self._stem}.{name}"))
-        self._notes = NoteWriter(self._stem) if kind != "text" else None
+        self._notes = NoteWriter(self._stem) if KINDS[kind].noted else None
         self._pictures = PictureWriter(self._stem)
         self._samples: list[np.ndarray] = []
         self._spare_bits = np.zeros(0, dtype=bool)
@@ -229,8 +229,8 @@ class TokenCache:
         self._learn = [_map(f"{stem}.learn", "uint8", -(-n // 8)) for stem, n in zip(stems, sizes, strict=True)]
         self._first = np.cumsum([0] + [shard.samples for shard in self.shards])
         self.samples = self._load_samples(stems)
-        self.notes = None if self.kind == "text" else _load_notes(stems)
-        """NOTE [S], unless the kind is text."""
+        self.notes = _load_notes(stems) if KINDS[self.kind].noted else None
+        """NOTE [S], where the kind has notes."""
         self.pictures = PictureNotes(stems, self._first)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""From pieces to documents: one of a text or a judged answer, two of a pair, with the facts that stages ask for.
+"""From pieces to documents: one of a text, a caption or a judged answer, two of a pair, with facts that stages ask for.
 
 A micro-batch of pairs has the facts `side` (0 chosen, 1 rejected) and `pair` (its number in the micro-batch, the same
 for both), and `margin` if any pair of the run has one (0 where a pair has none). A micro-batch of judged answers has
@@ -69,6 +69,8 @@ def _documents(
     tokens_L, learn_L = cache.tokens(sample, start, length), cache.learn(sample, start, length)
     channel = int(pieces.channel_P[piece])
     if cache.notes is None:
+        if cache.kind == "captions":  # the text's vector is that of its last token, also where it was shortened
+            tokens_L = np.append(tokens_L[:-1], cache.tokens(sample, int(cache.samples["length"][sample]) - 1, 1))
         return [Document(tokens_L, learn_L, channel)]
     split, value = int(cache.notes["split"][sample]), float(cache.notes["value"][sample])
 
@@ -85,7 +87,7 @@ def _documents(
 
 
 def _nothing(caches: Sequence[TokenCache], numbers: Mapping[str, Numbers], margins: bool) -> Document:
-    of_kind = {"text": (), "unpaired": ("label",), "preference": ("side", "pair")}[caches[0].kind]
+    of_kind = {"text": (), "captions": (), "unpaired": ("label",), "preference": ("side", "pair")}[caches[0].kind]
     names = (*of_kind, *(("margin",) if margins else ()), *numbers)
     token_L = np.zeros(1, dtype=np.int64)
     return Document(token_L, token_L.astype(bool), 0, dict.fromkeys(names, -1.0))

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from data.captions import check_caption
 from data.chat import ChatTemplate
-from data.rows import Ask, Chat, Completion, Judged, Pair, RowError, Sample, Text
+from data.rows import Ask, Caption, Chat, Completion, Judged, Pair, RowError, Sample, Text
 from data.tokenizer import TokenizerInfo
 
 CUT, TRUNCATE, DROP = range(3)
@@ -34,11 +35,14 @@ class Prepared:
     """CUT, TRUNCATE or DROP."""
     content_hash: int = 0
     """64-bit hash of the sample itself: the same wherever it stands, and with any tokenizer, template or layout. Of
-    preferences and prompts the hash of the prompt alone: all answers to it are held out together."""
+    preferences and prompts the hash of the prompt alone: all answers to it are held out together; of captions that of
+    the picture."""
     blank: bool = False
     """There is no text to learn."""
     pictures: tuple[int, ...] = ()
     """Tokens that each of its pictures becomes; the text has one place for each."""
+    caption: bool = False
+    """It stands between the marks of the tokenizer's own rule, and its picture has no place in it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Encoder:
         chat: Callable[[], ChatTemplate],
         loss_on: str,
         picture: str | None = None,
+        ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     ) -> None:
         """
         Args:
@@ -69,6 +74,7 @@ class Encoder:
             chat: gives the chat template; called at the first chat, so that plain text needs none.
             loss_on: "assistant" (answers and completions) or "all" (every token).
             picture: text of the token that stands for a picture, if the model sees any.
+            ends: tokens before and behind a caption.
         """
         assert loss_on in ("assistant", "all"), loss_on
         self._backend = tokenizer.backend_tokenizer
@@ -78,7 +84,7 @@ class Encoder:
         self._get_chat = chat
         self._chat: ChatTemplate | None = None
         self._all = loss_on == "all"
-        self._picture = picture
+        self._picture, self._ends = picture, ends
         self._picture_id = None if picture is None else tokenizer.convert_tokens_to_ids(picture)
 
     def prepare(self, sample: Sample, pictures: tuple[int, ...] = (), identity: bytes = b"") -> tuple[Prepared, ...]:
@@ -97,6 +103,8 @@ class Encoder:
             documents = [replace(each, too_long=DROP) for each in (chosen, rejected)]
         elif isinstance(sample, Judged):
             documents = [self._answer(sample.answer)]
+        elif isinstance(sample, Caption):
+            documents = [self._caption(sample, pictures)]
         else:
             documents = [self._prepare(sample)]
         for document in documents:
@@ -108,7 +116,7 @@ class Encoder:
                 ) from err
         for document in documents:
             places = 0 if self._picture is None else document.text.count(self._picture)
-            if places != len(pictures):
+            if places != len(pictures) and not document.caption:
                 raise RowError(f"the text has {places} places for pictures, but the row has {len(pictures)} pictures")
         hashed = _content_hash(sample, identity)
         return tuple(replace(document, content_hash=hashed, pictures=pictures) for document in documents)
@@ -123,6 +131,11 @@ class Encoder:
         said = [turn for turn in sample.messages[sample.first_target :] if turn["role"] == "assistant"]
         blank = not any(turn["content"].strip() or turn.get("tool_calls") for turn in said)
         return Prepared(rendered.text, rendered.spans, False, rendered.turns, rendered.stops, TRUNCATE, blank=blank)
+
+    def _caption(self, sample: Caption, pictures: tuple[int, ...]) -> Prepared:
+        text = sample.text.replace(self._picture or "", "").strip()
+        check_caption(text, len(pictures))
+        return Prepared(text, ((0, len(text)),), False, 1, int(bool(self._ends[1])), TRUNCATE, caption=True)
 
     def _template(self) -> ChatTemplate:
         if self._chat is None:
@@ -179,6 +192,10 @@ class Encoder:
     def _finish(self, item: Prepared, tokens_L: np.ndarray, learn_L: np.ndarray) -> Encoded:
         if item.plain:
             tokens_L, learn_L = self._with_ends(item, tokens_L, learn_L)
+        if item.caption:
+            before, behind = self._ends
+            tokens_L = np.concatenate([np.array(before, np.int64), tokens_L, np.array(behind, np.int64)])
+            return Encoded(tokens_L, np.ones(len(tokens_L), dtype=bool), (0,))
         if not item.pictures:
             return Encoded(tokens_L, learn_L)
         places = np.flatnonzero(tokens_L == self._picture_id)
@@ -203,7 +220,7 @@ class Encoder:
 
 
 def _content_hash(sample: Sample, identity: bytes) -> int:
-    of: Any = vars(sample)
+    of: Any = "" if isinstance(sample, Caption) else vars(sample)
     if isinstance(sample, Pair | Judged | Ask):
         of = _prompt_of(sample) or (repr(sample) if isinstance(sample, Pair | Judged) else "")
     content = json.dumps(of, sort_keys=True, default=str).encode("utf-8")

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from data.formats import FORMATS, Format, is_messages, is_sharegpt
+from data.captions import is_caption, parse_caption, parse_shared, parse_told
+from data.formats import FORMATS, Format, is_messages, is_sharegpt, is_text
 from data.pairs import is_ask, is_judged, is_pair, parse_ask, parse_both, parse_judged, parse_pair
 from data.rows import Row
 
-KindName = Literal["text", "preference", "unpaired", "prompts"]
+KindName = Literal["text", "preference", "unpaired", "prompts", "captions"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Kind:
     """Which stages learn from it, for messages."""
     formats: Mapping[str, Format]
     """In the order in which detection asks."""
+    noted: bool = True
+    """Something is kept of each sample besides its tokens (data/notes.py)."""
 
 
 _PAIR = "chosen, rejected, with prompt or both with the same beginning"
 
 KINDS: dict[KindName, Kind] = {
-    "text": Kind("texts and conversations", "stage=sft or stage=pretrain", FORMATS),
+    "text": Kind("texts and conversations", "stage=sft or stage=pretrain", FORMATS, noted=False),
     "preference": Kind(
         "preference pairs", "stage=dpo or stage=reward", {"preference": Format(_PAIR, is_pair, parse_pair)}
     ),
@@ -49,6 +52,17 @@ KINDS: dict[KindName, Kind] = {
             "sharegpt": Format("conversations: [{from, value}]", is_sharegpt, parse_ask),
             "preference": Format(_PAIR, is_pair, parse_ask),
         },
+    ),
+    "captions": Kind(
+        "pictures with captions",
+        "stage=clip or stage=qformer",
+        {
+            "caption": Format("image, caption", is_caption, parse_caption),
+            "messages": Format("image, messages: [{role, content}]", is_messages, parse_told),
+            "sharegpt": Format("image, conversations: [{from, value}]", is_sharegpt, parse_shared),
+            "text": Format("image, text", is_text, parse_caption),
+        },
+        noted=False,
     ),
 }
 FORMAT_NAMES = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.formats))
@@ -99,7 +113,7 @@ def check_format(name: str, key: str, kind: KindName) -> None:
 
 def _recognised(rows: list[Row]) -> Kind | None:
     """The kind of rows that fit another one, the most telling fields first."""
-    order: tuple[KindName, ...] = ("preference", "unpaired", "text", "prompts")
+    order: tuple[KindName, ...] = ("preference", "unpaired", "text", "prompts", "captions")
     for kind in (KINDS[name] for name in order):
         if any(form.matches(row) for row in rows for form in kind.formats.values()):
             return kind

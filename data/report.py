@@ -187,5 +187,6 @@ COLUMNS: dict[KindName, dict[str, Column]] = {
     "preference": {**_FIRST, **_PAIRS, **_LAST},
     "unpaired": {**_FIRST, **_GOOD, **_LOST, **_EMPTY, **_LAST},
     "prompts": {**{name: _FIRST[name] for name in ("channel", "samples", "tokens")}, **_TOO_LONG, **_SHARES},
+    "captions": {**_FIRST, "truncated": _LOST["truncated"], **_SHARES},
 }
 """The table's columns, and how each is shown."""

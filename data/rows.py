@@ -79,7 +79,14 @@ class Ask:
     fields: Row
 
 
-Sample = Text | Completion | Chat | Pair | Judged | Ask
+@dataclass(frozen=True)
+class Caption:
+    """What one picture shows, in words."""
+
+    text: str
+
+
+Sample = Text | Completion | Chat | Pair | Judged | Ask | Caption
 
 
 def check_messages(turns: list[Any]) -> list[Row]:

