@@ -17,6 +17,7 @@ from data.peers import Peers
 from data.pipeline import TrainingData
 from models.config import ModelConfig
 from models.flops import step_flops
+from models.parts import PartsConfig
 from models.routing import RouterBook
 from parallel.groups import Groups, LauncherRanks, build_groups
 from parallel.watch import watching
@@ -101,7 +102,7 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
             routers=routers,
             data=corpus,
             log=log,
-            flops=functools.partial(_flops, cfg.model),
+            flops=functools.partial(_flops, cfg.model, cfg.optim.parts),
             save=save_now,
             total_steps=total_steps,
             prepare=preparation(cfg, groups, stage, engine, reference, corpus),
@@ -124,9 +125,10 @@ def _with_tokenizer(cfg: RunConfig) -> RunConfig:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **found))
 
 
-def _flops(model: ModelConfig, batch: MicroBatch) -> float:
+def _flops(model: ModelConfig, parts: PartsConfig, batch: MicroBatch) -> float:
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
-    return step_flops(model, lengths, batch.num_targets)
+    grids = () if batch.pictures is None else batch.pictures.grids
+    return step_flops(model, lengths, batch.num_targets, grids, lambda name: parts.trains(name, model))
 
 
 def _read_data(cfg: RunConfig, groups: Groups, run_dir: Path) -> TrainingData:

@@ -1,14 +1,35 @@
 """FLOPs against counts by hand and by torch's own counter."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ModelConfig
+import parallel.matmul
+from data.pictures.types import Pictures
+from models import Decoder, ModelConfig, build
 from models.config import MoEConfig
-from models.flops import attended_pairs, matmul_params, step_flops
+from models.flops import attended_pairs, matmul_params, needed, step_flops
+from models.parts import LayeredPartConfig, PartConfig, PartsConfig, freeze
+from models.vision import tower_layers
+from models.vision.config import (
+    ConnectorConfig,
+    ImageConfig,
+    MergerConfig,
+    PerceiverConfig,
+    ProjectorConfig,
+    QFormerConfig,
+    ResamplerConfig,
+    ShuffleConfig,
+    TowerConfig,
+    VisionConfig,
+)
+from models.vision.eyes import build_eyes
+from models.vision.flops import Grids, vision_work
+from parallel.sharding import SINGLE
 
 CFG = ModelConfig("llama", 100, 32, 48, 3, 4, 2, 8, 64)
 
@@ -50,3 +71,89 @@ def test_window_counts_only_the_layers_that_have_it() -> None:
     some = ModelConfig("qwen2", *sizes, qkv_bias=True, sliding_window=5, full_attention_layers=3)
     saved = attended_pairs(20, None) - attended_pairs(20, 5)
     assert step_flops(full, [20], 0) - step_flops(some, [20], 0) == 12.0 * 4 * 8 * saved
+
+
+CLIP = TowerConfig("clip", 32, 48, 3, 4, 7, 28, activation="quick_gelu", feature_layer=-2)
+WINDOWS = TowerConfig(
+    "qwen2_5_vl", 32, 48, 3, 4, 7, activation="silu", frames=2, window_size=28, full_layers=(1,), rms_norm=True
+)
+SQUARES, ANY = ((4, 4),) * 3, ((8, 10), (6, 4))
+SIGHTS = [
+    (CLIP, ProjectorConfig("linear"), SQUARES),
+    (dataclasses.replace(CLIP, keep_class=True), ProjectorConfig(), SQUARES),
+    (dataclasses.replace(CLIP, kind="siglip"), ShuffleConfig(), SQUARES),
+    (CLIP, QFormerConfig("qformer", 5, 24, 40, 3, 4), SQUARES),
+    (dataclasses.replace(CLIP, kind="intern", qk_norm=True), PerceiverConfig("perceiver", 5, 2, 2, 12), SQUARES),
+    (CLIP, ResamplerConfig("resampler", 3, 4), SQUARES),
+    (WINDOWS, MergerConfig(), ANY),
+]
+
+
+@pytest.fixture
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products and attention by operators that torch's counter knows; rotation has none."""
+
+    def attention(qkv: torch.Tensor, heads: int, seen: tower_layers.Seen) -> torch.Tensor:
+        return tower_layers.sequence_attention(qkv, heads, seen.pieces)
+
+    monkeypatch.setattr(parallel.matmul, "_ONEDNN", False)
+    monkeypatch.setattr(tower_layers, "self_attention", attention)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "vision", "connector"])
+@pytest.mark.parametrize(("tower", "connector", "grids"), SIGHTS, ids=lambda each: getattr(each, "name", None))
+def test_eyes_equal_torch_counter(
+    plain_products: None, tower: TowerConfig, connector: ConnectorConfig, grids: Grids, frozen: str
+) -> None:
+    """Forward and backward of the real modules, of which either may be frozen."""
+    cfg = VisionConfig("loom", tower, connector, ImageConfig())
+    with torch.device("meta"):
+        eyes = build_eyes(cfg, 64, SINGLE, False)
+    seeing, connecting = (module.to_empty(device="cpu") for module in eyes)
+    for module, name in ((seeing, "vision"), (connecting, "connector")):
+        module.requires_grad_(name != frozen)
+    patches_PX = torch.zeros(sum(rows * cols for rows, cols in grids), 3 * tower.frames * 49)
+    with FlopCounterMode(display=False) as counter:
+        connecting(seeing(patches_PX, grids), grids).sum().backward()
+    counted = needed(vision_work(cfg, 64, grids, lambda name: not name.startswith(frozen)))
+    # Queries and latents make no gradients of what they come from; a norm's weight takes a small product.
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.016)
+    if isinstance(connector, ProjectorConfig | ShuffleConfig) or frozen == "vision":
+        assert counted == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        PartsConfig(),
+        PartsConfig(vision=LayeredPartConfig(train=False), decoder=LayeredPartConfig(train=False)),
+        PartsConfig(vision=LayeredPartConfig(train=False), decoder=LayeredPartConfig(last_layers=1)),
+        PartsConfig(connector=PartConfig(train=False), decoder=LayeredPartConfig(train=False)),
+    ],
+    ids=["everything", "connector", "connector and a layer", "tower"],
+)
+def test_whole_models_with_frozen_parts_equal_torch_counter(plain_products: None, parts: PartsConfig) -> None:
+    """Documents of one token, whose attention the counter does not see and which is little."""
+    vision = VisionConfig("llava", CLIP, ProjectorConfig(), ImageConfig())
+    cfg = ModelConfig("llama", 512, 64, 176, 2, 4, 2, 16, 512, vision=vision)
+    model = build(cfg).to_empty(device="cpu")
+    assert isinstance(model, Decoder)
+    freeze(model, parts)
+    tokens_T, slots_F = torch.zeros(96, dtype=torch.int64), torch.arange(48)
+    pictures = Pictures(torch.zeros(48, 147), SQUARES, slots_F, slots_F)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = model(tokens_T, tokens_T, torch.arange(97), targets_T=tokens_T, pictures=pictures)
+        loss.backward()
+    counted = step_flops(cfg, [1] * 96, 96, SQUARES, lambda name: parts.trains(name, cfg))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_no_picture_no_work_for_eyes() -> None:
+    """Not even a gradient on the way to them."""
+    vision = VisionConfig("llava", CLIP, ProjectorConfig(), ImageConfig())
+    cfg = ModelConfig("llama", 100, 32, 48, 3, 4, 2, 8, 64, vision=vision)
+    assert step_flops(cfg, [4, 6], 6) == step_flops(CFG, [4, 6], 6)
+    connector_only = step_flops(cfg, [4, 6], 6, trains=lambda name: name.startswith("connector"))
+    assert 3 * connector_only == step_flops(CFG, [4, 6], 6)
