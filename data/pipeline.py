@@ -45,7 +45,8 @@ def build(
         peers: the other ranks; they share the work of building caches and hear of each other's errors.
         max_seq_len: longest sequence the model allows.
         kind: what the stage learns from: "text", "preference" or "unpaired" ("prompts" are read by `prompts.py`).
-            Of the last two the answers are scored, whatever `loss_on` says.
+            Of the last two the answers are scored, whatever `loss_on` says. "captions": a row is a pair, whatever
+            cfg.packing says.
         pictures: what the model makes of pictures, if it sees any.
 
     Raises:
@@ -55,6 +56,7 @@ def build(
     assert kind != "prompts", "prompts have no loss: see prompts.read"
     if cfg.seq_len > max_seq_len:
         raise ValueError(f"data.seq_len={cfg.seq_len} is longer than the model allows; set data.seq_len={max_seq_len}")
+    cfg = replace(cfg, packing="none") if kind == "captions" else cfg
     found = assemble(cfg, tokenizer_folder, loss_on if kind == "text" else "assistant", seed, peers, kind, pictures)
     fingerprint = fingerprint_of(cfg, found.caches, seed)
     look = None if pictures is None else PictureLoader(pictures, cfg.max_picture_pixels, cfg.picture_workers)
