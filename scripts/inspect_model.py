@@ -2,11 +2,15 @@
 
     python scripts/inspect_model.py --model DIR --text "The capital of France is Paris." --out report.html
     python scripts/inspect_model.py --model DIR --text-file book.txt --layers 0,5-8 --heads 0-3 --out report.html --png pictures
+    python scripts/inspect_model.py --model DIR --image photo.jpg --text "<image>What is this?" --chat --out report.html
 
 Shown are: how far each layer turns its input (cosine), norms of activations and gradients, what the model would say
 after each layer (logit lens), what each head looks at, and how often each expert is chosen. DIR is a Hugging Face
 folder, a Megatron checkpoint of any layout, or a run of Loom. Everything is computed in fp32 on the CPU. Beside
 report.html stands report.json with the numbers. Several --text are documents that do not see each other.
+
+With pictures also what words look at in them, drawn over the picture: by default the last token, which says what comes
+next, else each --word. <image> in the text says where a picture stands; without it pictures come first.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -17,8 +21,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +33,16 @@ from tqdm import tqdm
 from convert.opened import Opened
 from convert.opening import open_weights
 from convert.source import Source
-from data.tokenizer import describe, load_tokenizer, tokenizer_files
-from models import ModelConfig, build
+from data.tokenizer import load_tokenizer
+from models import Decoder, build
 from models.inspection import Inspection, memory_needed
 from models.inspection.findings import Findings, gather, numbers_of
+from models.inspection.recording import positions_and_targets
 from parallel.materialise import materialise
 from parallel.sharding import WHOLE
+from scripts.inspect_looks import find_words, gather_looks, look_numbers, section_of
 from scripts.inspect_report import Section, page, sections
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents as tokens, one after another."""
-
-    documents: tuple[str, ...]
-    tokens_T: torch.Tensor
-    borders: tuple[int, ...]
+from scripts.inspect_texts import Encoder, Text, find_tokenizer, read_documents
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,6 +54,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", action="append", help="the text to run; given again, a further document")
     text.add_argument("--text-file", type=Path, metavar="FILE", help="a file with the text, UTF-8")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; again for another")
+    parser.add_argument("--word", action="append", default=[], help="a word that looks at pictures; again for another")
+    parser.add_argument("--chat", action="store_true", help="the text is a question: write it by the chat template")
+    parser.add_argument("--answer", help="with --chat: what the assistant answers, read behind the question")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write each picture as a file in this folder")
     parser.add_argument("--layers", default="all", help="such as 0,5-8 (default: all)")
@@ -92,68 +92,6 @@ def choose(words: str, count: int, kind: str) -> list[int]:
     return sorted(found)
 
 
-def read_documents(texts: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    """The documents of the command line.
-
-    Raises:
-        ValueError: an empty one, no such file, or one that is not UTF-8.
-    """
-    if file is None:
-        documents = tuple(texts or ())
-    elif not file.is_file():
-        raise ValueError(f"--text-file {file}: there is no such file")
-    else:
-        try:
-            documents = (file.read_text(encoding="utf-8"),)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--text-file {file}: not UTF-8 ({error}); convert the file first") from error
-    if not all(document.strip() for document in documents):
-        where = "--text" if file is None else f"--text-file {file}"
-        raise ValueError(f"{where}: the text is empty; give a sentence or more")
-    return documents
-
-
-def encode(documents: tuple[str, ...], tokenizer: Any, cfg: ModelConfig, where: Path) -> Text:
-    """The documents' tokens.
-
-    Raises:
-        ValueError: the tokenizer belongs to a model with a larger vocabulary, or a document is longer than the context.
-    """
-    known = describe(tokenizer).vocab_size
-    if known > cfg.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {where} has {known} tokens and the model only {cfg.vocab_size}: it belongs to another "
-            "model. Name the folder of the model's own with --tokenizer"
-        )
-    parts = [torch.tensor(tokenizer(document)["input_ids"], dtype=torch.int64) for document in documents]
-    longest = max(len(part) for part in parts)
-    if longest > cfg.max_seq_len:
-        raise ValueError(
-            f"the text has {longest} tokens and the model's context is {cfg.max_seq_len}; give a shorter one"
-        )
-    if longest < 1:
-        raise ValueError("the tokenizer makes no token of the text; give another text")
-    return Text(documents, torch.cat(parts), (0, *accumulate(len(part) for part in parts)))
-
-
-def find_tokenizer(opened: Opened, given: Path | None) -> Path:
-    """The folder of the tokenizer.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if given is not None:
-        tokenizer_files(str(given), "--tokenizer")
-        return given
-    if opened.files is None:
-        raise ValueError(f"{opened.path} has no tokenizer; name the folder of one with --tokenizer")
-    try:
-        tokenizer_files(str(opened.files))
-    except ValueError:
-        raise ValueError(f"{opened.files} has no tokenizer; name the folder of one with --tokenizer") from None
-    return opened.files
-
-
 def check_out(out: Path, png: Path | None) -> None:
     """Make sure that the report can be written, before anything is computed.
 
@@ -175,13 +113,14 @@ def check_out(out: Path, png: Path | None) -> None:
             raise ValueError(f"{key} {path}: cannot be written ({error.strerror}); name another place") from error
 
 
-def load(opened: Opened, tokens: int, gradients: bool) -> Any:
+def load(opened: Opened, text: Text, gradients: bool) -> Decoder:
     """The model in fp32 on the CPU.
 
     Raises:
         ValueError: model and text need more memory than is free.
     """
-    needed, free = memory_needed(opened.cfg, tokens, gradients), psutil.virtual_memory().available
+    tokens, free = len(text.tokens_T), psutil.virtual_memory().available
+    needed = memory_needed(opened.cfg, tokens, gradients, text.patches)
     if needed > free:
         fewer = ", or --no-gradients" if gradients else ""
         raise ValueError(
@@ -189,6 +128,8 @@ def load(opened: Opened, tokens: int, gradients: bool) -> Any:
             f"{free / 1e9:.3g} are free; use a larger machine or a shorter text{fewer}"
         )
     model = build(opened.cfg)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{opened.path} is no decoder; only models that read a text token by token are looked into")
     materialise(model, Source(opened, opened.cfg), WHOLE, torch.device("cpu"))
     return model
 
@@ -202,8 +143,10 @@ def facts_of(opened: Opened, text: Text, findings: Findings) -> list[tuple[str, 
     found = [("model", str(opened.path)), ("is", kind), ("family", f"{cfg.family}: {sizes}")]
     if layout is not None:
         found.append(("layout", f"tp {layout.tp}, pp {layout.pp}, ep {layout.ep}"))
-    lengths = " + ".join(str(b - a) for a, b in pairwise(text.borders))
-    found.append(("text", f"{lengths} tokens"))
+    found.append(("text", f"{' + '.join(str(length) for length in text.lengths)} tokens"))
+    for each in text.shown:
+        size, tokens = f"{each.image.width} x {each.image.height} pixels", each.stop - each.start
+        found.append(("picture", f"{each.name}: {size}, {tokens} tokens from token {each.start} on"))
     if findings.loss is not None:
         odds = f", perplexity {math.exp(findings.loss):.4g}" if findings.loss < 100 else ""
         found.append(("loss", f"{findings.loss:.4f} nats a token{odds}"))
@@ -235,18 +178,26 @@ def inspect(args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]
         raise ValueError(f"--topk {args.topk}: give 1 to {cfg.vocab_size}")
     folder = find_tokenizer(opened, args.tokenizer)
     tokenizer = load_tokenizer(str(folder), "--tokenizer")
-    text = encode(documents, tokenizer, cfg, folder)
+    text = Encoder(tokenizer, opened, folder, args.chat, args.answer).encode(documents, args.image)
+    words = find_words(args.word, text)
     lm = cfg.head == "lm"
-    gradients = lm and not args.no_gradients and max(b - a for a, b in pairwise(text.borders)) > 1
-    model = load(opened, len(text.tokens_T), gradients)
-    inspection = Inspection.of(model, text.tokens_T, text.borders, gradients)
+    targets_T = positions_and_targets(text.tokens_T, text.borders, text.pictures)[1]
+    gradients = lm and not args.no_gradients and bool((targets_T >= 0).any())
+    model = load(opened, text, gradients)
+    inspection = Inspection.of(model, text.tokens_T, text.borders, gradients, text.pictures, text.rotary_3T)
     with tqdm(total=len(layers), desc="layers", unit="layer", disable=None) as bar:
         findings = gather(inspection, layers, heads, args.topk if lm else 0, bar.update)
     texts = {token: tokenizer.decode([token]) or f"<{token}>" for token in seen(findings)}
-    parts = list(tqdm(sections(findings, inspection, texts.__getitem__), desc="pictures", unit="part", disable=None))
     facts, warnings = facts_of(opened, text, findings), warnings_of(findings)
     numbers = {"model": dict(facts), **numbers_of(findings, texts.__getitem__)}
-    write(args, page(f"A look into {args.model.name}", facts, "\n\n".join(documents), warnings, parts), numbers, parts)
+    parts = list(tqdm(sections(findings, inspection, texts.__getitem__), desc="pictures", unit="part", disable=None))
+    if text.shown:
+        looks = gather_looks(inspection, text, words, layers, heads)
+        reads = inspection.recording.reads_BQS is not None
+        parts.insert(0, section_of(looks, text, layers, heads, reads))
+        numbers |= look_numbers(looks, text, layers, heads)
+    shown = page(f"A look into {args.model.name}", facts, "\n\n".join(text.documents), warnings, parts)
+    write(args, shown, numbers, parts)
     return facts, warnings
 
 

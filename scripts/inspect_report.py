@@ -72,7 +72,10 @@ def sections(findings: Findings, inspection: Inspection, text_of: Callable[[int]
     )
     if layers[0].lens is not None:
         yield Section(
-            "Logit lens: what the model would say after each layer", _LENS, (), _lens_table(findings, text_of)
+            "Logit lens: what the model would say after each layer",
+            _LENS,
+            (),
+            _lens_table(findings, text_of, _written(inspection)),
         )
     yield Section(
         "What the heads look at",
@@ -170,18 +173,25 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "")
     return f'<table class="{kind}">{top}{"".join(cells(row, "td") for row in rows)}</table>'
 
 
-def _lens_table(findings: Findings, text_of: Callable[[int], str]) -> str:
-    count = min(len(findings.tokens), MOST_LENS_TOKENS)
-    rows = []
+def _written(inspection: Inspection) -> list[int]:
+    """Places of the tokens that stand for no picture."""
+    pictures, places = inspection.recording.pictures, range(len(inspection.recording.tokens_T))
+    shown = set() if pictures is None else set(pictures.slots_F.tolist())
+    return [place for place in places if place not in shown]
+
+
+def _lens_table(findings: Findings, text_of: Callable[[int], str], written: list[int]) -> str:
+    places, rows = written[:MOST_LENS_TOKENS], []
     for layer in reversed(findings.layers):
         assert layer.lens is not None
-        ids, probs = layer.lens.ids_Tk[:count].tolist(), layer.lens.prob_Tk[:count].tolist()
-        cells = (_lens_cell(*each, text_of) for each in zip(ids, probs, findings.targets[:count], strict=True))
+        ids, probs = layer.lens.ids_Tk.tolist(), layer.lens.prob_Tk.tolist()
+        cells = (_lens_cell(ids[i], probs[i], findings.targets[i], text_of) for i in places)
         rows.append(f"<tr><th>{layer.layer}</th>{''.join(cells)}</tr>")
-    text = "".join(f"<th>{html.escape(_visible(text_of(token)))}</th>" for token in findings.tokens[:count])
-    more = f"<p>The first {count} of {len(findings.tokens)} tokens; the JSON file has all.</p>"
+    text = "".join(f"<th>{html.escape(_visible(text_of(findings.tokens[i])))}</th>" for i in places)
+    tokens = "tokens" if len(written) == len(findings.tokens) else "tokens that stand for no picture"
+    more = f"<p>The first {len(places)} of {len(written)} {tokens}; the JSON file has all.</p>"
     table = f'<table class="lens">{"".join(rows)}<tr><th>text</th>{text}</tr></table>'
-    return f'<div class="wide">{table}</div>' + (more if count < len(findings.tokens) else "")
+    return f'<div class="wide">{table}</div>' + (more if len(places) < len(written) else "")
 
 
 def _lens_cell(ids: list[int], probs: list[float], target: int, text_of: Callable[[int], str]) -> str:

@@ -54,7 +54,8 @@ class Findings:
     """Mean over the targets, nats; None without a language-model head or without a target."""
     layers: tuple[LayerFindings, ...]
     other_gradients: dict[str, float]
-    """L2 norm of the gradient of each parameter outside the layers (embedding, final norm, head)."""
+    """L2 norm of the gradient of each parameter outside the layers (embedding, final norm, head); a tower's and a
+    connector's as one."""
 
 
 def gather(
@@ -77,8 +78,17 @@ def gather(
     count = sum(target >= 0 for target in targets)
     loss = recording.loss_T.sum().item() / count if recording.loss_T is not None and count else None
     weights = recording.gradients.weights if recording.gradients is not None else {}
-    others = {name: norm for name, norm in weights.items() if not name.startswith("layers.")}
+    others = _together({name: norm for name, norm in weights.items() if not name.startswith("layers.")})
     return Findings(recording.tokens_T.tolist(), recording.packing.borders, targets, loss, tuple(found), others)
+
+
+def _together(norms: dict[str, float]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, norm in norms.items():
+        part = name.partition(".")[0]
+        key = part if part in ("vision", "connector") else name
+        found[key] = math.hypot(found.get(key, 0.0), norm)
+    return found
 
 
 def _of_layer(inspection: Inspection, layer: int, heads: Sequence[int], k: int) -> LayerFindings:

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from models.decoder import Decoder, Layer
 from models.heads import LMHead
 from models.inspection.attention import HeadNumbers, attention_weights, head_numbers
-from models.inspection.recording import Recording, record
+from models.inspection.reading import on_spots
+from models.inspection.recording import Recording, positions_and_targets, record
+from models.vision.eyes import Pictures
 
 LENS_TOKENS = 256
 """Tokens whose logits exist at once."""
@@ -56,7 +58,12 @@ class Inspection:
 
     @staticmethod
     def of(
-        model: Decoder, tokens_T: torch.Tensor, borders: Sequence[int] | None = None, gradients: bool = True
+        model: Decoder,
+        tokens_T: torch.Tensor,
+        borders: Sequence[int] | None = None,
+        gradients: bool = True,
+        pictures: Pictures | None = None,
+        rotary_3T: torch.Tensor | None = None,
     ) -> Inspection:
         """Run a text through a whole model and record it.
 
@@ -65,14 +72,20 @@ class Inspection:
             borders: of the documents, [N + 1], from 0 to T; None = one document.
             gradients: also run the backward of the mean loss; needs a language-model head and a token that follows
                 another.
+            pictures: of all documents, for a model that sees.
+            rotary_3T: int64 [3, T], time, row and column of each token, for one with `rope.sections`.
 
         Raises:
-            ValueError: no token, tokens outside the vocabulary, a document longer than the context, or gradients
-                where there is no loss.
+            ValueError: no token, tokens outside the vocabulary, a document longer than the context, gradients where
+                there is no loss, or pictures for a model that sees none.
         """
         borders = (0, tokens_T.shape[0]) if borders is None else tuple(borders)
+        if pictures is not None and model.cfg.vision is None:
+            raise ValueError("the model sees no pictures (model.vision=null); give none")
         _check_text(model, tokens_T, borders, gradients)
-        return Inspection(model, record(model, tokens_T, borders, gradients))
+        if gradients and not (positions_and_targets(tokens_T, borders, pictures)[1] >= 0).any():
+            raise ValueError("gradients need a loss, and no token comes next that is none of a picture's; ask for none")
+        return Inspection(model, record(model, tokens_T, borders, gradients, pictures, rotary_3T))
 
     @property
     def layers(self) -> int:
@@ -154,6 +167,29 @@ class Inspection:
             if not 0 <= head < self.heads:
                 raise ValueError(f"head {head}: the layers have the heads 0 to {self.heads - 1}")
         return attention_weights(self._module(layer), stream, self.recording.packing, heads)
+
+    def look(self, layer: int, words: Sequence[Sequence[int]], heads: Sequence[int] | None = None) -> torch.Tensor:
+        """What words take from each spot of the pictures: of each feature of their tiles, or, where learnt queries made
+        the features, of each patch: the queries' weights times what each of them read (`Recording.reads_BQS`).
+
+        Args:
+            words: the places of each word's tokens, whose mean is taken.
+            heads: query heads; None = all.
+
+        Returns:
+            fp32 [words, heads, S], all pictures' tiles one after another.
+
+        Raises:
+            ValueError: no such layer or head.
+        """
+        pictures = self.recording.pictures
+        assert pictures is not None, "no picture was shown"
+        taken = []
+        for weights_TT in self.attention(layer, heads):
+            taken.append(torch.stack([weights_TT[list(places)].mean(0) for places in words]))
+        vision = self.model.cfg.vision
+        assert vision is not None
+        return on_spots(torch.stack(taken, 1), pictures, vision, self.recording.reads_BQS)
 
     def head_numbers(self, layer: int, heads: Sequence[int] | None = None) -> list[HeadNumbers]:
         """What each head looks at, in a few numbers. Raises as `show_attention`."""

@@ -21,6 +21,8 @@ from models.blocks.moe import MoE
 from models.blocks.router import Choice, Router
 from models.config import ModelConfig
 from models.decoder import Decoder, Layer, build
+from models.inspection.reading import Reader
+from models.vision.eyes import Pictures
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Recording:
 
     tokens_T: torch.Tensor
     targets_T: torch.Tensor
-    """The next token of the same document, -100 at a document's end."""
+    """The next token of the same document, -100 at a document's end and where the next one stands for a picture."""
     packing: Packing
     streams: tuple[torch.Tensor, ...]
     attn_update_LT: torch.Tensor
@@ -50,6 +52,9 @@ class Recording:
     loss_T: torch.Tensor | None
     """Loss of each token in nats, 0 where there is no target; None for a model without a language-model head."""
     gradients: Gradients | None
+    pictures: Pictures | None = None
+    reads_BQS: torch.Tensor | None = None
+    """Where learnt queries made the features: what each of a tile takes from each of its patches, rows sum to 1."""
 
 
 @dataclass
@@ -83,7 +88,14 @@ class _Notes:
         self.experts[index] = choice.expert_Tk.flatten().bincount(minlength=router.moe.num_experts)
 
 
-def record(model: Decoder, tokens_T: torch.Tensor, borders: Sequence[int], gradients: bool) -> Recording:
+def record(
+    model: Decoder,
+    tokens_T: torch.Tensor,
+    borders: Sequence[int],
+    gradients: bool,
+    pictures: Pictures | None = None,
+    rotary_3T: torch.Tensor | None = None,
+) -> Recording:
     """Run documents through a whole model.
 
     Args:
@@ -91,33 +103,47 @@ def record(model: Decoder, tokens_T: torch.Tensor, borders: Sequence[int], gradi
         tokens_T: int64 [T], documents one after another.
         borders: of the documents, [N + 1], from 0 to T.
         gradients: also one backward of the mean loss. The model's own `.grad` are as before afterwards.
+        pictures, rotary_3T: see `Decoder.forward`.
     """
     place, cfg, chunk = model.place, model.cfg, model.chunk
     assert place.tp.size == place.cp.size == place.ep.size == 1 and chunk.embeds and chunk.heads, "a whole model"
-    positions_T, targets_T = _positions_and_targets(tokens_T, borders)
+    positions_T, targets_T = positions_and_targets(tokens_T, borders, pictures)
     count = int((targets_T >= 0).sum())
     assert not gradients or (cfg.head == "lm" and count), "a gradient needs a loss"
-    notes, loss_T, found = _Notes(), None, None
+    notes, loss_T, found, reader = _Notes(), None, None, None
     with torch.set_grad_enabled(gradients):
         with ExitStack() as hooks:
             _listen(model, notes, hooks)
+            if pictures is not None and model.connector is not None:
+                reader = Reader(model.connector, hooks)
+            given: dict[str, Any] = {"pictures": pictures, "rotary_3T": rotary_3T}
             if cfg.head == "lm":
-                loss, loss_T = model(tokens_T, positions_T, borders, None, targets_T, 1.0 / max(count, 1))
+                loss, loss_T = model(tokens_T, positions_T, borders, None, targets_T, 1.0 / max(count, 1), **given)
             else:
-                loss = model(tokens_T, positions_T, borders)
+                loss = model(tokens_T, positions_T, borders, **given)
         streams = tuple(notes.live[i].detach().float().clone() for i in range(cfg.num_layers + 1))
         if gradients:
             found = _backward(model, loss, notes.live)
     assert notes.packing is not None
     attn, mlp = (torch.stack([kept[i] for i in range(cfg.num_layers)]) for kept in (notes.attn, notes.mlp))
-    return Recording(tokens_T, targets_T, notes.packing, streams, attn, mlp, notes.experts, loss_T, found)
+    written = (tokens_T, targets_T, notes.packing, streams, attn, mlp, notes.experts, loss_T, found)
+    if reader is None or pictures is None:
+        return Recording(*written, pictures)
+    rows, columns = pictures.grids[0]
+    return Recording(*written, pictures, reader.weights(rows * columns))
 
 
-def _positions_and_targets(tokens_T: torch.Tensor, borders: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def positions_and_targets(
+    tokens_T: torch.Tensor, borders: Sequence[int], pictures: Pictures | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of packed documents, int64 [T] each. What stands for a picture is no target, as in training."""
     positions_T, targets_T = torch.empty_like(tokens_T), torch.full_like(tokens_T, -100)
     for start, stop in pairwise(borders):
         positions_T[start:stop] = torch.arange(stop - start, device=tokens_T.device)
         targets_T[start : stop - 1] = tokens_T[start + 1 : stop]
+    if pictures is not None:
+        behind_F = pictures.slots_F[pictures.slots_F > 0]
+        targets_T[behind_F - 1] = -100
     return positions_T, targets_T
 
 
@@ -167,8 +193,8 @@ def _backward(model: Decoder, loss: torch.Tensor, live: dict[int, torch.Tensor])
     return Gradients(torch.stack(rows), {name: norms.get(name, 0.0) for name, _ in model.named_parameters()})
 
 
-def memory_needed(cfg: ModelConfig, tokens: int, gradients: bool) -> int:
-    """Bytes that a model in fp32 and a recording of so many tokens need at most, roughly.
+def memory_needed(cfg: ModelConfig, tokens: int, gradients: bool, patches: int = 0) -> int:
+    """Bytes that a model in fp32 and a recording of so many tokens, and patches of pictures, need at most, roughly.
 
     Weights; what the layers keep for the backward; streams; logits of one chunk; scores of a few heads.
     """
@@ -179,5 +205,8 @@ def memory_needed(cfg: ModelConfig, tokens: int, gradients: bool) -> int:
     kept = 8 * cfg.hidden_size + 2 * sum(cfg.qkv_parts) + 4 * ffn
     layers = cfg.num_layers if gradients else 1
     rows = tokens * (kept * layers + cfg.hidden_size * (cfg.num_layers + 1)) + 2 * min(tokens, 1024) * cfg.vocab_size
+    if cfg.vision is not None:
+        tower = cfg.vision.tower
+        rows += patches * (10 * tower.hidden_size + 2 * tower.intermediate_size) * (tower.runs if gradients else 1)
     spare = max(params) * (2 if gradients else 1)
     return 4 * (sum(params) + spare + rows + 6 * tokens**2)
