@@ -16,12 +16,12 @@ from convert.boxes import Columns, Meta, Tensors
 from convert.from_hf import hf_shapes, weight_rules
 from convert.opened import Opened
 from convert.virtual import not_merged, virtual_keys
-from models import build
 from models.adapters.config import AdapterConfig, BitfitConfig, Ia3Config, LoraConfig
 from models.adapters.names import Key, parameters
 from models.adapters.targets import Layer, layers_of
 from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import ModelConfig
+from models.decoder import build
 from models.init import InitSource
 from models.rules import Stack
 from parallel.materialise import TensorSource

@@ -1,17 +1,22 @@
-"""What is computed: the decoder, its families by name, and their sizes. Shape legend: docs/architecture.md."""
+"""What is computed: decoders and pairs of encoders, their families by name, and their sizes.
+
+Shape legend: docs/architecture.md.
+"""
 
 import contextlib
 import json
 from pathlib import Path
 
+from models.building import Model, build
 from models.config import ModelConfig, RopeConfig, Runtime
-from models.decoder import Chunk, Decoder, build
+from models.decoder import Chunk, Decoder
 from models.families import FAMILIES, family_of, problems
 
 __all__ = [
     "FAMILIES",
     "Chunk",
     "Decoder",
+    "Model",
     "ModelConfig",
     "RopeConfig",
     "Runtime",

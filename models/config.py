@@ -147,11 +147,18 @@ class MLAConfig:
     """Size of the latent queries are made from; null makes them from the hidden state."""
 
 
+COMPARING = ("clip", "siglip")
+"""Families whose text side is an encoder."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides a model's parameters and what it computes."""
 
-    family: Literal["llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+    family: Literal[
+        "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "clip", "siglip"
+    ]
+    """Of the decoder; clip, siglip: no decoder but a text encoder beside the tower, and both are compared."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -176,6 +183,11 @@ class ModelConfig:
     vision: VisionConfig | None = None
     init_std: float = 0.02
     head: Literal["lm", "scalar"] = "lm"
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is no decoder but a pair of encoders, of pictures and of texts, that are compared."""
+        return self.family in COMPARING
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, or None for full attention."""
@@ -223,7 +235,7 @@ class ModelConfig:
             reason = f"the {heads} query heads (num_heads) cannot be shared out evenly over {groups} key/value heads"
             found.append(("num_kv_heads", groups, reason, f"model.num_kv_heads={near}"))
         found += self._latent_problems(self.mla) if self.mla else []
-        if self.mla is None and self.head_dim % 2:
+        if self.mla is None and self.head_dim % 2 and not self.compares:
             reason = "rotary embedding turns pairs of dimensions, so the head size must be even"
             found.append(("head_dim", self.head_dim, reason, f"model.head_dim={self.head_dim + 1}"))
         if self.norm_eps <= 0:

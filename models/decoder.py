@@ -230,5 +230,6 @@ class Decoder(nn.Module):
 
 def build(cfg: ModelConfig, place: Place = SINGLE, runtime: Runtime = PLAIN, chunk: Chunk | None = None) -> Decoder:
     """A decoder on the meta device: names, shapes and records of every parameter, no memory."""
+    assert not cfg.compares, "a pair of encoders is no decoder"
     with torch.device("meta"):
         return Decoder(cfg, place, runtime, chunk or Chunk.whole(cfg))

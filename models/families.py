@@ -1,10 +1,11 @@
-"""All families by the name that a config.json has for them: decoders alone, and those that see.
+"""All families by the name that a config.json has for them: decoders alone, those that see, and those that compare.
 
 A model that sees has two: `family` is its decoder's, `vision.format` that of the whole.
 """
 
-from models import blip2, internvl, llava, llava_next, qwen2_5_vl, qwen2_vl, seeing
+from models import blip2, clip, internvl, llava, llava_next, qwen2_5_vl, qwen2_vl, seeing, siglip
 from models.config import ModelConfig, Problem
+from models.dual.checks import misplaced
 from models.text_families import TEXT_FAMILIES, Family
 
 SEEING: dict[str, Family] = {
@@ -14,8 +15,11 @@ SEEING: dict[str, Family] = {
     "blip-2": blip2,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "clip": clip,
+    "siglip": siglip,
     "loom_vlm": seeing,
 }
+"""clip, siglip: pairs of encoders; their `family` has the same name."""
 FAMILIES: dict[str, Family] = TEXT_FAMILIES | SEEING
 
 
@@ -32,7 +36,9 @@ MODEL_TYPES = {"blip2": "blip-2", "loom": "loom_vlm"}
 
 def problems(cfg: ModelConfig) -> list[Problem]:
     """Every setting that cannot work, as (key, value, reason, way out); the family is asked once the sizes are good."""
-    found = cfg.size_problems() or _expert_problems(cfg) or TEXT_FAMILIES[cfg.family].problems(cfg)
+    found = cfg.size_problems() or misplaced(cfg)
+    if not found and not cfg.compares:
+        found = _expert_problems(cfg) or TEXT_FAMILIES[cfg.family].problems(cfg)
     return found or ([] if cfg.vision is None else family_of(cfg).problems(cfg))
 
 

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from models.balance import Trained
+from models.building import Model
 from models.config import ModelConfig
-from models.decoder import Decoder
 from parallel.layers import parameter
 from parallel.sharding import REPLICATED, SINGLE, idle, is_kept, name_of
 
 Problem = tuple[str, object, str, str]
 EMBEDDING = "embed.weight"
+ENDS = ("norm", "head", "temperature")
+"""What stands behind the layers of a tower, a decoder or a text encoder."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class PartsConfig:
         else:
             assert cfg.vision is not None
             words, count = name.split(".")[1:], cfg.vision.tower.num_layers + 1 + cfg.vision.tower.feature_layer
-        return int(words[1]) >= count - last if words[0] == "layers" else words[0] in ("norm", "head")
+        return int(words[1]) >= count - last if words[0] == "layers" else words[0] in ENDS
 
 
 ALL = PartsConfig()
@@ -118,8 +120,8 @@ def part_problems(parts: PartsConfig, cfg: ModelConfig) -> list[Problem]:
     return found
 
 
-def freeze(model: Decoder, parts: PartsConfig, whole_inputs: bool = False) -> None:
-    """Leave of a decoder on the meta device, or a chunk of one, only what is trained, and write on each parameter how
+def freeze(model: Model, parts: PartsConfig, whole_inputs: bool = False) -> None:
+    """Leave of a model on the meta device, or a chunk of one, only what is trained, and write on each parameter how
     fast it learns.
 
     Args:
@@ -153,13 +155,13 @@ def trained_of(cfg: ModelConfig, parts: PartsConfig) -> Trained | None:
     return Trained(layers, sees or parts.trains(EMBEDDING, cfg), head, parts.vision.train)
 
 
-def give_idle(model: Decoder) -> None:
+def give_idle(model: Model) -> None:
     """Give a chunk an idle parameter: optimizer and DeepSpeed want one where nothing is trained."""
     with torch.device("meta"):
         model.register_parameter("idle", idle(parameter((1, 1), REPLICATED, "zeros", SINGLE)))
 
 
-def _first_trained(model: Decoder) -> list[nn.Module]:
+def _first_trained(model: Model) -> list[nn.Module]:
     """The modules whose input nothing trained has made: of the tower, the connector, the layers, the end."""
     rows: list[list[nn.Module]] = []
     if model.vision is not None and model.connector is not None:

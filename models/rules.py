@@ -49,6 +49,23 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class Scalar(Rename):
+    """One of our vectors of one number is a tensor of theirs without dims."""
+
+    def hf_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of the Hugging Face tensor."""
+        return {self.hf: ()}
+
+    def to_ours(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Our vector from their number."""
+        return tensors[self.hf].reshape(1)
+
+    def to_hf(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their number from our vector."""
+        return {self.hf: tensor.reshape(())}
+
+
+@dataclass(frozen=True)
 class Concat:
     """One of our fused tensors is several of theirs, one after another along dim 0 (q|k|v, gate|up)."""
 

@@ -28,6 +28,7 @@ CONNECTORS = (
     parts.QFormerConfig,
     parts.PerceiverConfig,
     parts.ResamplerConfig,
+    parts.PooledConfig,
 )
 
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert.from_hf import open_hf
 from convert.source import Source
-from models import Decoder, Runtime, build
+from models import Decoder, Runtime
+from models.decoder import build
 from parallel.materialise import materialise
 from parallel.sharding import SINGLE, WHOLE
 

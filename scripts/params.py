@@ -21,6 +21,7 @@ from trainer.typed import build as typed_build
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
 PARTS = {"embed": "embedding", "attn": "attention", "mlp": "mlp", "head": "head"}
+PARTS |= {"positions": "embedding", "qkv": "attention", "out": "attention", "temperature": "head"}  # text encoders
 SIGHT = ("vision", "connector")
 
 

@@ -20,6 +20,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder, Layer
 from models.init import InitSource
 from models.parts import ALL, PartsConfig, freeze, give_idle, trained_of
+from models.vision.tower_layers import Layer as TowerLayer
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.engine import Engine, Forward
 from parallel.frozen import Frozen
@@ -60,11 +61,13 @@ def make_engine(
             give_idle(chunks[0])
     else:
         for chunk in chunks:
+            assert isinstance(chunk, Decoder), "adapters are for decoders"
             attach(chunk, adapter, seed)
             if engine_cfg.zero == 3 or model_cfg.moe is not None:
                 ask_for_input_gradients(chunk)
     adamw = functools.partial(_adamw, optim)
-    return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, model_cfg.hidden_size, [Layer])
+    width, whole = model_cfg.hidden_size, units(model_cfg)
+    return Engine(chunks, source, adamw, engine_cfg, optim.clip, groups, layout, width, whole)
 
 
 def make_frozen(
@@ -82,8 +85,9 @@ def make_frozen(
     chunks = make_chunks(model_cfg, engine_cfg, groups, layout, row_length)
     if adapter is not None:
         for chunk in chunks:
+            assert isinstance(chunk, Decoder), "adapters are for decoders"
             attach(chunk, adapter)
-    return Frozen(chunks, source, engine_cfg, groups, layout, model_cfg.hidden_size, [Layer], offload)
+    return Frozen(chunks, source, engine_cfg, groups, layout, model_cfg.hidden_size, units(model_cfg), offload)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def make_chunks(
     layout: ParallelConfig = ALL_DATA,
     row_length: int | None = None,
     parts: PartsConfig = ALL,
-) -> list[Decoder]:
+) -> list[models.Model]:
     """The pipeline stages of this rank, or the model, on the meta device; balanced for training ``parts`` of it."""
     on_gpu, token_bytes = groups.device.type == "cuda", 4 * model_cfg.vocab_size
     chunk = engine_cfg.loss_chunk or max((GPU_LOGITS_BYTES if on_gpu else CPU_LOGITS_BYTES) // token_bytes, 64)
@@ -115,6 +119,11 @@ def make_chunks(
     trained = trained_of(model_cfg, parts)
     chosen = chunks_of(model_cfg, layout, groups.pp.rank, row_length, trained) if layout.pp > 1 else whole
     return [models.build(model_cfg, groups.place(layout), runtime, part) for part in chosen]
+
+
+def units(model_cfg: ModelConfig) -> list[type[nn.Module]]:
+    """The modules that ZeRO-3 gathers as a whole."""
+    return [TowerLayer] if model_cfg.compares else [Layer]
 
 
 def _adamw(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from models import build
+from models import Decoder, build
 from models.adapters.attach import attach
 from models.parts import freeze
 from parallel.groups import Groups
@@ -77,6 +77,7 @@ def trained_share(cfg: RunConfig) -> list[str]:
     """How many parameters are trained of how many, where that is not all of them."""
     model = build(cfg.model)
     if cfg.adapter is not None:
+        assert isinstance(model, Decoder), "adapters are for decoders"
         attach(model, cfg.adapter)
     else:
         freeze(model, cfg.optim.parts)

@@ -196,7 +196,25 @@ class ResamplerConfig:
         return 1
 
 
-ConnectorConfig = ProjectorConfig | ShuffleConfig | MergerConfig | QFormerConfig | PerceiverConfig | ResamplerConfig
+@dataclass(frozen=True)
+class PooledConfig:
+    """One vector of a picture, for models that compare pictures and texts (`ModelConfig.compares`): the class token and
+    a linear layer (Radford et al. 2021, CLIP), or a learnt query that reads all features (Zhai et al. 2023, SigLIP)."""
+
+    name: Literal["pooled"] = "pooled"
+    width: int = 512
+    """Of the space where pictures and texts are compared; siglip: the tower's hidden_size."""
+    pad_id: int = 1
+    """siglip: the token that texts are filled up with to model.max_seq_len, and that is seen like any other."""
+
+    @property
+    def block(self) -> int:
+        return 1
+
+
+ConnectorConfig = (
+    ProjectorConfig | ShuffleConfig | MergerConfig | QFormerConfig | PerceiverConfig | ResamplerConfig | PooledConfig
+)
 
 
 @dataclass(frozen=True)
@@ -238,7 +256,7 @@ class ImageConfig:
 class VisionConfig:
     """Everything a model has besides its decoder to see pictures."""
 
-    format: Literal["llava", "llava_next", "internvl", "blip2", "qwen2_vl", "qwen2_5_vl", "loom"]
+    format: Literal["llava", "llava_next", "internvl", "blip2", "qwen2_vl", "qwen2_5_vl", "clip", "siglip", "loom"]
     """Whose names and config.json its checkpoints have; loom: our own, for parts that were never put together so."""
     tower: TowerConfig
     connector: ConnectorConfig

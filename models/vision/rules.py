@@ -10,19 +10,22 @@ from models.vision.config import TowerConfig
 BOTH = ("weight", "bias")
 
 
-def tower_rules(cfg: TowerConfig, hf: str, ours: str = "vision.") -> Iterator[Rule | Unused]:
+def tower_rules(
+    cfg: TowerConfig, hf: str, ours: str = "vision.", pooled: bool = False
+) -> Iterator[Rule | Unused]:  # fmt: skip
     """Every tensor of a tower.
 
     Args:
         hf: what the names of the tower's tensors begin with in the checkpoint, with the last dot.
         ours: what ours begin with.
+        pooled: the head of a SigLIP, which makes one vector of a picture, has a place of its own.
     """
     if cfg.kind == "intern":
         yield from _intern(cfg, ours, hf)
     elif cfg.native:
         yield from _qwen(cfg, ours, hf)
     else:
-        yield from _clip_like(cfg, ours, hf)
+        yield from _clip_like(cfg, ours, hf, pooled)
 
 
 def _renamed(ours: str, hf: str, kinds: tuple[str, ...] = BOTH) -> Iterator[Rule]:
@@ -30,7 +33,7 @@ def _renamed(ours: str, hf: str, kinds: tuple[str, ...] = BOTH) -> Iterator[Rule
         yield Rename(f"{ours}.{kind}", f"{hf}.{kind}")
 
 
-def _clip_like(cfg: TowerConfig, ours: str, hf: str) -> Iterator[Rule | Unused]:
+def _clip_like(cfg: TowerConfig, ours: str, hf: str, pooled: bool) -> Iterator[Rule | Unused]:
     """CLIP, SigLIP and BLIP-2's own."""
     first = f"{hf}embeddings."
     yield Rename(f"{ours}patch", f"{first}patch_embedding.weight")
@@ -41,6 +44,15 @@ def _clip_like(cfg: TowerConfig, ours: str, hf: str) -> Iterator[Rule | Unused]:
     yield Rename(f"{ours}positions", f"{first}position_embedding{'' if cfg.kind == 'blip2' else '.weight'}")
     if cfg.kind == "clip":
         yield from _renamed(f"{ours}pre_norm", f"{hf}pre_layrnorm")
+    yield from clip_layers(cfg, ours, hf)
+    yield from _renamed(f"{ours}norm", f"{hf}post_layernorm")
+    yield Unused(f"{first}position_ids", "numbers from 0 on, in older checkpoints")
+    if cfg.kind == "siglip" and not pooled:
+        yield Unused(f"{hf}head.", "makes one vector of a picture, where a decoder reads all of its patches")
+
+
+def clip_layers(cfg: TowerConfig, ours: str, hf: str) -> Iterator[Rule]:
+    """The layers of these towers, and of the text encoders beside them."""
     for i in range(cfg.num_layers):
         own, theirs = f"{ours}layers.{i}.", f"{hf}encoder.layers.{i}."
         yield from _renamed(f"{own}attn_norm", f"{theirs}layer_norm1")
@@ -52,10 +64,6 @@ def _clip_like(cfg: TowerConfig, ours: str, hf: str) -> Iterator[Rule | Unused]:
             yield from _renamed(f"{own}out", f"{theirs}self_attn.out_proj")
         yield from _renamed(f"{own}mlp_norm", f"{theirs}layer_norm2")
         yield from _two_layers(own, theirs)
-    yield from _renamed(f"{ours}norm", f"{hf}post_layernorm")
-    yield Unused(f"{first}position_ids", "numbers from 0 on, in older checkpoints")
-    if cfg.kind == "siglip":
-        yield Unused(f"{hf}head.", "makes one vector of a picture, where a decoder reads all of its patches")
 
 
 def _intern(cfg: TowerConfig, ours: str, hf: str) -> Iterator[Rule | Unused]:

@@ -5,7 +5,7 @@ Legend: P rows of hidden states, all sequences (tiles, windows) one after anothe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,26 +30,31 @@ class Seen:
     pieces: tuple[Piece, ...]
     cos_PK: torch.Tensor | None = None
     sin_PK: torch.Tensor | None = None
+    causal: bool = False
+    """Tokens see those before them only (texts)."""
 
 
 def self_attention(qkv: torch.Tensor, heads: int, seen: Seen) -> torch.Tensor:
-    """Each sequence's tokens see all of it: q | k | v [P, 3 H K] (may be overwritten) -> [P, H K]."""
+    """Each sequence's tokens see all of it, or what is before them: q | k | v [P, 3 H K] (may be overwritten) ->
+    [P, H K]."""
     dim = qkv.shape[1] // (3 * heads)
     if qkv.device.type == "cpu":
-        return cpu_attention(qkv, seen.cos_PK, seen.sin_PK, heads, heads, dim, seen.pieces, causal=False)
+        return cpu_attention(qkv, seen.cos_PK, seen.sin_PK, heads, heads, dim, seen.pieces, seen.causal)
     if seen.cos_PK is not None and seen.sin_PK is not None:
         qkv = rotate_qk(qkv, seen.cos_PK, seen.sin_PK, 2 * heads * dim, dim)
-    return sequence_attention(qkv, heads, seen.pieces)
+    return sequence_attention(qkv, heads, seen.pieces, seen.causal)
 
 
-def sequence_attention(qkv: torch.Tensor, heads: int, pieces: Sequence[Piece]) -> torch.Tensor:
+def sequence_attention(
+    qkv: torch.Tensor, heads: int, pieces: Sequence[Piece], causal: bool = False
+) -> torch.Tensor:  # fmt: skip
     """Through torch's public function, for devices other than the CPU: q | k | v, turned already."""
     dim = qkv.shape[1] // (3 * heads)
     outs = []
     for piece in pieces:
         rows = qkv[piece.q_start : piece.q_stop].view(piece.docs, -1, 3, heads, dim)
         q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).flatten(1)
 
@@ -100,7 +105,9 @@ def make_layers(cfg: TowerConfig, place: Place) -> nn.ModuleList:
     return layers
 
 
-def run_layers(layers: nn.ModuleList, x: torch.Tensor, seen: Sequence[Seen], recompute: bool) -> torch.Tensor:
+def run_layers(
+    layers: Iterable[nn.Module], x: torch.Tensor, seen: Sequence[Seen], recompute: bool
+) -> torch.Tensor:  # fmt: skip
     """[P, D] -> fp32 [P, D], as the decoder's rows between layers are, through as many layers as `seen` tells of."""
     x = x.float()
     for layer, own in zip(layers, seen, strict=False):

@@ -31,9 +31,17 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def stages() -> list[str]:
-    """The stages; the other options of the group are settings of one of them."""
-    return [option for option in options("stage") if section("stage", option)["name"] == option]
+COMPARING = {"clip": ("clip", "siglip"), "qformer": ("bert",)}
+"""Stages of models that compare pictures and texts, and the families that they train; all others train decoders."""
+
+
+def stages(family: str | None = None) -> list[str]:
+    """The stages, of a family of models or all; the other options of the group are settings of one of them."""
+    own = [option for option in options("stage") if section("stage", option)["name"] == option]
+    if family is None:
+        return own
+    compares = any(family in families for families in COMPARING.values())
+    return [stage for stage in own if (family in COMPARING[stage] if stage in COMPARING else not compares)]
 
 
 def keys_of(tree: Any, prefix: str = "") -> set[str]:
@@ -71,7 +79,7 @@ def test_model_goes_with_every_stage_and_engine(model: str, composed: Compose, w
     start = ["init_from=assets/smollm2-135m-instruct"] if model == "hf" else []
     texts = ["rollout.max_prompt_tokens=32", "rollout.max_new_tokens=32", "rollout.rewards=[{function: length}]"]
     base = composed(f"model={model}", *TINY_RUN, *start, *texts)
-    for stage in stages():
+    for stage in stages(base.model.family):
         for engine in options("engine"):
             parts = {"stage": section("stage", stage), "engine": section("engine", engine)}
             also = whole("stage", stage).get("model", {})

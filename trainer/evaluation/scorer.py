@@ -19,7 +19,8 @@ from convert.adapters import AdapterWeights
 from convert.opened import Opened
 from convert.source import Source
 from data.batch import MicroBatch
-from models import Decoder, Runtime, build
+from models import Decoder, Runtime
+from models.decoder import build
 from models.heads import LMHead
 from parallel.materialise import materialise
 from parallel.sharding import SINGLE, WHOLE

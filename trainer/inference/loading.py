@@ -16,7 +16,8 @@ from convert.source import Source
 from data.chat import ChatTemplate, Render, special_tokens, template_renderer
 from data.config import DataConfig
 from data.tokenizer import describe, load_tokenizer
-from models import Decoder, Runtime, build
+from models import Decoder, Runtime
+from models.decoder import build
 from models.generation import Generator, GeneratorConfig
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import Groups

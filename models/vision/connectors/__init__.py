@@ -1,7 +1,8 @@
 """Connectors by name: from a tower's features to rows of the decoder's hidden states. Each is a file and an entry here.
 
 A connector is made with (VisionConfig, width of the decoder, Place, recompute) and called with the tower's features of
-all tiles [B S, D'] and the tiles' grids; it gives [I, D], tile after tile.
+all tiles [B S, D'] and the tiles' grids; it gives [I, D], tile after tile. `pooled` gives one vector of each tile, for
+models that compare.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from models.dual.pooled import build_pooling
 from models.vision.config import VisionConfig
 from models.vision.connectors.blocks import PatchMerger, PixelShuffle
 from models.vision.connectors.perceiver import Perceiver
@@ -27,6 +29,7 @@ CONNECTORS: dict[str, Callable[..., nn.Module]] = {
     "qformer": QFormer,
     "perceiver": Perceiver,
     "resampler": Resampler,
+    "pooled": build_pooling,
 }
 
 

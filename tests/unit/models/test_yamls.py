@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from models import family_of
 from scripts.params import SIGHT, count_by_part, load_model, main, table
@@ -33,6 +33,9 @@ PUBLISHED = {
     "llava1_5_7b": 7_063_427_072,
     "llava_next_7b": 7_063_431_168,
     "qwen2_vl_2b": 2_208_985_600,
+    "clip_vit_b_32": 151_277_313,
+    "clip_vit_l_14": 427_616_513,
+    "siglip_base_patch16_224": 203_155_970,
     "qwen2_5_vl_7b": 8_292_166_656,
 }
 
@@ -47,6 +50,7 @@ def test_count_equals_transformers(name: str) -> None:
     keys = family_of(cfg).to_hf_config(cfg)
     del keys["architectures"]
     auto = AutoModelForImageTextToText if cfg.vision else AutoModelForCausalLM
+    auto = AutoModel if cfg.compares else auto
     with torch.device("meta"):
         theirs = auto.from_config(AutoConfig.for_model(keys.pop("model_type"), **keys))
     total = sum(counts.values())
