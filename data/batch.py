@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -188,14 +188,15 @@ def collate(documents: Sequence[Document], share: str | None = None) -> MicroBat
         token_facts={name: _at_targets([doc.token_facts[name] for doc in docs], learn_T) for name in token_facts},
         branches=branches if kept_N.any() else (),
         pictures=_pictures_of(docs, borders),
-        rotary_3T=_rotary_of(docs),
+        rotary_3T=_rotary_of(docs, kept_N),
     )
 
 
-def _rotary_of(docs: Sequence[Document]) -> torch.Tensor | None:
+def _rotary_of(docs: Sequence[Document], kept_N: np.ndarray) -> torch.Tensor | None:
+    """`kept_N`: tokens that stand before those of each document, at another one."""
     if all(doc.rotary_3L is None for doc in docs):
         return None
-    plain = [np.tile(np.arange(len(doc.tokens_L)), (3, 1)) for doc in docs]
+    plain = [np.tile(n + np.arange(len(doc.tokens_L)), (3, 1)) for doc, n in zip(docs, kept_N, strict=True)]
     own = [each if doc.rotary_3L is None else doc.rotary_3L for doc, each in zip(docs, plain, strict=True)]
     return torch.from_numpy(np.concatenate(own, 1))
 
@@ -226,7 +227,7 @@ def _beginnings(docs: Sequence[Document], share: str) -> tuple[tuple[int, int], 
 
 def shared_tokens(holder: Document, other: Document) -> int:
     """How many tokens of ``other`` need not be there beside ``holder``: what both begin with, up to the token that
-    predicts the first learnt one."""
+    predicts the first learnt one. Pictures there are the same: both belong to one row or one prompt."""
     most = min(len(holder.tokens_L), len(other.tokens_L) - 1)
     differ = np.flatnonzero(holder.tokens_L[:most] != other.tokens_L[:most])
     learnt = np.flatnonzero(other.learn_L[1:])
@@ -236,8 +237,20 @@ def shared_tokens(holder: Document, other: Document) -> int:
 def _behind(doc: Document, tokens: int) -> Document:
     """The document without its first tokens."""
     rest = {name: fact_L[tokens:] for name, fact_L in doc.token_facts.items()}
-    assert doc.pictures is None and doc.rotary_3L is None, "a document with pictures shares no beginning"
-    return Document(doc.tokens_L[tokens:], doc.learn_L[tokens:], doc.channel, doc.facts, rest)
+    pictures, rotary = doc.pictures, doc.rotary_3L
+    if pictures is not None:  # one that the border goes through is looked at by both
+        left_F = pictures.slots_F >= tokens
+        slots_F, order_F = pictures.slots_F[left_F] - tokens, pictures.order_F[left_F]
+        pictures = replace(pictures, slots_F=slots_F, order_F=order_F) if len(slots_F) else None
+    return replace(
+        doc,
+        tokens_L=doc.tokens_L[tokens:],
+        learn_L=doc.learn_L[tokens:],
+        token_facts=rest,
+        pictures=pictures,
+        features=doc.features if pictures is not None else 0,
+        rotary_3L=None if rotary is None else rotary[:, tokens:],
+    )
 
 
 def _at_targets(parts: Sequence[np.ndarray], learn_T: np.ndarray) -> torch.Tensor:

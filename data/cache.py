@@ -194,7 +194,8 @@ def _build_shard(plan: _Plan, form: str, work: str, peers: Peers) -> ShardInfo:
                         channel = _channel(plan.source, file, row)
                         row = captioned(row) if plan.kind == "captions" else row
                         folder = plan.source.image_dir or os.path.dirname(file.path)
-                        row, seen, identity = look_at(row, folder, plan.maker.pictures, plan.maker.max_pixels)
+                        maker, answered = plan.maker, plan.kind == "text"
+                        row, seen, identity = look_at(row, folder, maker.pictures, maker.max_pixels, answered)
                         samples = parse(as_chat(row, plan.kind != "prompts") if plan.source.as_chat else row)
                         tokens = tuple(each.tokens for each in seen)
                         made = [(sample, encoder.prepare(sample, tokens, identity)) for sample in samples]
@@ -249,20 +250,20 @@ def _format(plan: _Plan) -> str:
         return plan.source.format
     if plan.kind == "text" and all(file.kind == "text" for file in plan.files):
         return "text"
-    rows = list(_first_rows(plan.files))
+    rows = list(_first_rows(plan))
     if not rows:
         return next(iter(KINDS[plan.kind].formats))  # nothing readable: the gate says so with the reasons of the rows
     return detect_format(rows, plan.source.path, plan.key, plan.kind)
 
 
-def _first_rows(files: list[SourceFile]) -> Iterator[Row]:
+def _first_rows(plan: _Plan) -> Iterator[Row]:
     found = 0
-    for file in files:
+    for file in plan.files:
         for start, stop, _ in READERS[file.kind].cut(file.path):
             for _, row, _ in READERS[file.kind].read(file.path, start, stop):
                 if row is not None:
                     with contextlib.suppress(RowError):  # told where rows are read
-                        row, _ = split_row(row, "")
+                        row, _ = split_row(row, "", plan.kind == "text")
                     yield row
                     found += 1
                 if found >= ROWS_TO_DETECT:

@@ -27,3 +27,5 @@ class Prompt:
     """The row's other fields as they are (answers, task, tools): what reward functions are given."""
     row: int = -1
     """Its place among all rows of the run's sources: the same whenever the prompt comes again."""
+    patches: int = 0
+    """Of the pictures that it shows; 0 = it shows none. Their features' places are among `tokens`."""

@@ -9,7 +9,7 @@ the chat template's generation prompt; a plain text is asked as it is, after BOS
 fields of the row reach the reward functions, as JSON has them (tuples are lists; what JSON does not know is text).
 
 Rows lie in a token cache, so a run holds no more of them in memory than a step needs. Generated rows become a file
-first (`rows_file`).
+first (`rows_file`). Their pictures are read when they are asked for (`PromptData.shown`).
 """
 
 from __future__ import annotations
@@ -18,25 +18,34 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
+from data.batch import Document
 from data.cache_files import TokenCache
 from data.config import DataConfig
 from data.disk import writing
 from data.order import Pieces, RowOrder
 from data.peers import Peers
+from data.pictures.loader import PictureLoader
+from data.pictures.types import PictureConfig
 from data.pipeline import assemble, fingerprint_of
 from data.prompt import Prompt
 from data.report import GateReport
 
 
 def read(
-    cfg: DataConfig, *, tokenizer_folder: str | None, max_prompt_tokens: int, seed: int, peers: Peers
+    cfg: DataConfig,
+    *,
+    tokenizer_folder: str | None,
+    max_prompt_tokens: int,
+    seed: int,
+    peers: Peers,
+    pictures: PictureConfig | None = None,
 ) -> PromptData:
     """The prompts of all sources behind their gate. To be called by all ranks together.
 
@@ -45,15 +54,17 @@ def read(
         tokenizer_folder: folder of `init_from`, used unless cfg.tokenizer names one.
         max_prompt_tokens: a longer prompt is left out and counted.
         seed: of the order of prompts.
+        pictures: what the model makes of pictures, if it sees any.
 
     Raises:
         ValueError: a mistake in the section, the tokenizer, the template or the files, or data of another kind.
         GateError: the data do not pass the gate (a ValueError that carries the report).
     """
     cfg = replace(cfg, seq_len=max_prompt_tokens, packing="none")
-    found = assemble(cfg, tokenizer_folder, "assistant", seed, peers, "prompts")
+    found = assemble(cfg, tokenizer_folder, "assistant", seed, peers, "prompts", pictures)
     fingerprint = fingerprint_of(cfg, found.caches, seed)
-    return PromptData(found.channels, found.report, found.caches, found.order, found.held_out, fingerprint)
+    look = None if pictures is None else PictureLoader(pictures, cfg.max_picture_pixels, cfg.picture_workers)
+    return PromptData(found.channels, found.report, found.caches, found.order, found.held_out, fingerprint, look)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class PromptData:
     fingerprint: str
     """Changes when the prompts at a position do: kept in a checkpoint, it tells whether a resumed run goes on with the
     same ones."""
+    look: PictureLoader | None = None
+    """Reads the pictures of prompts, where the model sees any."""
 
     @property
     def prompts_per_epoch(self) -> int:
@@ -93,6 +106,21 @@ class PromptData:
         """The prompts of data.eval_fraction and data.eval_sources, in the order of the sources."""
         return [self._prompt(self.held_out_pieces, piece, piece) for piece in range(len(self.held_out_pieces))]
 
+    def shown(self, prompts: Sequence[Prompt]) -> list[Document]:
+        """Prompts that show something as documents with their pictures, read by several threads.
+
+        Raises:
+            ValueError: a picture is gone, or is another one than when the cache was made.
+        """
+        assert self.look is not None, "a model without a vision tower sees no pictures"
+        source_N = np.searchsorted(self._first_rows, [prompt.row for prompt in prompts], side="right") - 1
+        sought = []
+        for prompt, source in zip(prompts, source_N.tolist(), strict=True):
+            tokens_L = np.array(prompt.tokens, dtype=np.int64)
+            document = Document(tokens_L, np.zeros(len(tokens_L), dtype=bool), prompt.channel)
+            sought.append((document, self.caches[source], prompt.row - int(self._first_rows[source]), 0))
+        return self.look(sought)
+
     @cached_property
     def _first_rows(self) -> np.ndarray:
         return np.cumsum([0, *(cache.num_samples for cache in self.caches)])
@@ -110,6 +138,7 @@ class PromptData:
             messages=None if kept["messages"] is None else tuple(kept["messages"]),
             fields=kept["fields"],
             row=int(self._first_rows[source]) + sample,
+            patches=int(pieces.patches_P[piece]),
         )
 
 

@@ -11,16 +11,19 @@ import numpy as np
 import torch
 
 import models
+from data.batch import Document
 from data.config import DataConfig
 from data.prompts import Prompt
 from models import ModelConfig
 from models.adapters.config import AdapterConfig
-from models.generation import Completion
+from models.generation import Completion, Sight
 from models.init import InitSource
+from models.parts import ALL, PartsConfig
 from models.routing import RouterBook
 from parallel.config import EngineConfig, ParallelConfig
 from parallel.groups import neighbours
 from parallel.sharding import Place, shard_of
+from tests import sight_cases
 from tests.cases import NAMES, here, my_parts, whole
 from trainer import checkpoint
 from trainer.build import make_engine
@@ -29,6 +32,7 @@ from trainer.logging.config import LogConfig
 from trainer.logging.log import NullLog
 from trainer.loop import Progress
 from trainer.optim import OptimConfig
+from trainer.pictures import picture_config
 from trainer.rl import loop
 from trainer.rl.experience import Experience
 from trainer.rl.loop import RlTrainer
@@ -95,6 +99,9 @@ class SomePrompts:
     def prompts(self, position: int, count: int) -> list[Prompt]:
         return [self._prompt(number) for number in range(position, position + count)]
 
+    def shown(self, prompts: Sequence[Prompt]) -> list[Document]:
+        raise AssertionError("nothing is shown")
+
     @property
     def held_out(self) -> list[Prompt]:
         return [self._prompt(1000 + number) for number in range(3)]
@@ -103,6 +110,37 @@ class SomePrompts:
         random = np.random.default_rng([5, number])
         tokens = tuple(int(t) for t in random.integers(0, self.vocab, size=random.integers(1, 10)))
         return Prompt(number, number % 2, CHANNELS[number % 2], tokens, "", None, {})
+
+
+class ShownPrompts(SomePrompts):
+    """Two in five without a picture, the others with one or two; a prompt asks for its pictures once a step."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model.vocab_size)
+        cfg = picture_config(model)
+        assert cfg is not None
+        self.cfg = cfg
+
+    def _made(self, number: int) -> tuple[list[int], Sight | None]:
+        sizes = sight_cases.SIZES[number % len(sight_cases.SIZES)]
+        tokens, sight = sight_cases.shown(self.cfg, sizes, number % 7)
+        return ([number % 50, *tokens], None) if sight is None else (tokens, sight)
+
+    def _prompt(self, number: int) -> Prompt:
+        tokens, sight = self._made(number)
+        patches = 0 if sight is None else len(sight.pictures.patches_PX)
+        return Prompt(number, number % 2, CHANNELS[number % 2], tuple(tokens), "", None, {}, number, patches)
+
+    def shown(self, prompts: Sequence[Prompt]) -> list[Document]:
+        found = []
+        for prompt in prompts:
+            tokens, sight = self._made(prompt.number)
+            assert sight is not None and tuple(tokens) == prompt.tokens
+            rotary = None if sight.rotary_3L is None else sight.rotary_3L.numpy()
+            unlearnt = np.zeros(len(tokens), dtype=bool)
+            shown = {"pictures": sight.pictures, "features": sight.features, "rotary_3L": rotary}
+            found.append(Document(np.array(tokens), unlearnt, prompt.channel, **shown))
+        return found
 
 
 class SomeAsks:
@@ -114,7 +152,8 @@ class SomeAsks:
     def collect(self, prompts: Sequence[Prompt], writer: Writer, step: int, evaluation: bool = False) -> list[Rollout]:
         samples = self.cfg.eval_samples if evaluation else self.cfg.samples
         seeds = [1000 * step + each.number for each in prompts]
-        texts = writer.write([each.tokens for each in prompts], samples, self.cfg.sampling(evaluation), seeds)
+        sampling = self.cfg.sampling(evaluation)
+        texts = writer.write([each.tokens for each in prompts], samples, sampling, seeds, prompts)
         return [_judged(prompt, each) for prompt, some in zip(prompts, texts, strict=True) for each in some]
 
 
@@ -147,18 +186,22 @@ def rl_config(
     zero: Any,
     steps: int,
     adapter: AdapterConfig | None = None,
+    parts: PartsConfig = ALL,
     **rollout: Any,
 ) -> RunConfig:
     """A run of the fakes."""
-    data = DataConfig(sources=(), seq_len=48, micro_batch_rows=1, global_batch_rows=8)
+    seq_len = 48 if model.vision is None else 160
+    data = DataConfig(sources=(), seq_len=seq_len, micro_batch_rows=1, global_batch_rows=8)
     asked: dict[str, Any] = {
         "prompts_per_step": 4,
         "samples": 4,
-        "max_prompt_tokens": 10,
+        "max_prompt_tokens": seq_len - 38,
         "max_new_tokens": 20,
     } | rollout
-    # A large eps keeps Adam from blowing the rounding noise of vanishing gradients up to a whole step.
-    optim = OptimConfig(lr=3e-3, eps=1e-3, schedule="constant")
+    # A large eps keeps Adam from blowing the rounding noise of vanishing gradients up to a whole step; towers have
+    # biases that begin at 0, so that after two steps this noise is all there is to them.
+    eps = 1e-3 if model.vision is None else 1e-2
+    optim = OptimConfig(lr=3e-3, eps=eps, schedule="constant", parts=parts)
     run = RunSection(steps=steps, seed=3)
     engine = EngineConfig(zero=zero)
     sections = (data, layout, engine, optim, LogConfig(), run, RolloutConfig(**asked))
@@ -169,7 +212,8 @@ def trainer_of(cfg: RunConfig, saved_in: Path | None = None, save_to: Path | Non
     """The trainer of a run of the fakes."""
     groups, stage = here(cfg.parallel), cfg.stage
     assert isinstance(stage, PolicyConfig) and cfg.run.steps is not None
-    prompts, asks = SomePrompts(cfg.model.vocab_size), SomeAsks(cfg.rollout)
+    prompts = SomePrompts(cfg.model.vocab_size) if cfg.model.vision is None else ShownPrompts(cfg.model)
+    asks = SomeAsks(cfg.rollout)
     parts = Parts(cfg, stage, groups, prompts, asks, None, (0,), NullLog(), save_to or Path(), "")
     saved = checkpoint.Checkpoint(saved_in) if saved_in else None
     return make_trainer(parts, saved, cfg.run.steps)

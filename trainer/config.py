@@ -25,6 +25,7 @@ from trainer.folders import folder_problem, model_in, nearby, other_model, token
 from trainer.layout_rules import Layout, broken
 from trainer.logging.config import LogConfig
 from trainer.optim import OptimConfig
+from trainer.pictures import picture_config
 from trainer.problems import Problem, format_problems, nearest
 from trainer.rl import checks as rl_checks
 from trainer.rollout.config import RolloutConfig
@@ -265,6 +266,9 @@ def _reference(cfg: RunConfig, world_size: int) -> list[Problem]:
         return [Problem("stage.reference", stage.reference, reason, "the folder of a language model")]
     if reference_model(cfg) is cfg.model:
         return []
+    if picture_config(reference_model(cfg)) != picture_config(cfg.model):
+        reason = "makes something else of pictures than the policy does, so that tokens would stand for other features"
+        return [Problem("stage.reference", stage.reference, reason, "a model with the policy's tower and images")]
     faults = broken(dataclasses.replace(_layout_of(cfg), model=reference_model(cfg)), world_size)
     way = "stage.reference=null, or a model of the same sizes"
     return [Problem("stage.reference", stage.reference, f"{key}={value} {why}", way) for key, value, why in faults]

@@ -13,23 +13,24 @@ from data.rows import Row, RowError
 
 
 def look_at(
-    row: Row, folder: str, cfg: PictureConfig | None, max_pixels: int
-) -> tuple[Row, tuple[Seen, ...], bytes]:  # fmt: skip
+    row: Row, folder: str, cfg: PictureConfig | None, max_pixels: int, answered: bool = True
+) -> tuple[Row, tuple[Seen, ...], bytes]:
     """The row with the model's own text in the places of pictures, its pictures, and what tells them from others.
 
     Args:
         folder: what relative paths start from.
         cfg: what the model makes of pictures; None sees none.
         max_pixels: of a picture that is decoded.
+        answered: see `split_row`.
 
     Raises:
         RowError: a picture cannot be used, or there is nothing that sees it.
     """
-    row, found = split_row(row, os.path.expanduser(folder))
+    row, found = split_row(row, os.path.expanduser(folder), answered)
     if not found:
         return row, (), b""
     if cfg is None:
-        raise RowError("the row has pictures, but this run sees none (model.vision=null, or a stage with rollouts)")
+        raise RowError("the row has pictures, but this run sees none (model.vision=null)")
     seen = tuple(_seen(where, cfg, max_pixels) for where in found)
     text = f"{cfg.begin}{cfg.token}{cfg.end}"
     row = replaced(row, lambda each: each.replace(MARK, text))

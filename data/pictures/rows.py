@@ -43,11 +43,12 @@ class Reference:
         return self.path if self.path is not None else f"{len(self.content or b'')} bytes in the row"
 
 
-def split_row(row: Row, folder: str) -> tuple[Row, tuple[Reference, ...]]:
+def split_row(row: Row, folder: str, answered: bool = True) -> tuple[Row, tuple[Reference, ...]]:
     """The row with text only, and its pictures in order; a row without any comes back as it is.
 
     Args:
         folder: what relative paths start from.
+        answered: captions and answers beside a question are what is learnt, not what judges an answer.
 
     Raises:
         RowError: what should be a picture is none, or a message's picture has no address.
@@ -62,7 +63,7 @@ def split_row(row: Row, folder: str) -> tuple[Row, tuple[Reference, ...]]:
     if own and (named or len(own) < len(inside)):
         raise RowError("pictures are named both in the messages and in the field images; name each once")
     found = tuple(_reference(part, folder) for part in (own or named))
-    rest = _in_known_fields(rest)
+    rest = _in_known_fields(rest) if answered else rest
     if found and not _anywhere(rest, MARK):
         rest = _in_front(rest, MARK * len(found) + "\n")
     return rest, found

@@ -50,7 +50,7 @@ class PictureConfig:
     end: str
     rotary: bool
     """Positions are three numbers a token: time, row and column (M-RoPE)."""
-    patch_cost: float = field(default=0.0, repr=False)
+    patch_cost: float = field(default=0.0, repr=False, compare=False)
     """Work of a patch, in tokens of the decoder: what pictures weigh when rows are dealt out, no result."""
 
     @property

@@ -12,6 +12,7 @@ from parallel.config import EngineConfig, ParallelConfig
 from trainer import adapters
 from trainer.folders import folder_problem, model_in
 from trainer.layout_rules import Layout, broken
+from trainer.pictures import picture_config
 from trainer.problems import Problem
 from trainer.stages.grpo import GrpoConfig
 from trainer.stages.policy_config import PolicyConfig
@@ -127,12 +128,13 @@ def _generator(cfg: RunConfig, stage: PolicyConfig, world: int) -> list[Problem]
 
 
 def _server(cfg: RunConfig) -> list[Problem]:
-    """Adapters that a vLLM server cannot be given."""
-    adapter = cfg.adapter
-    if adapter is None:
+    """What a vLLM server cannot be given: pictures, and some adapters."""
+    adapter, reason = cfg.adapter, None
+    if cfg.model.vision is not None:
+        reason = "a vLLM server is asked by tokens, and cannot be shown pictures that way (model.vision)"
+    elif adapter is None:
         return []
-    reason = None
-    if not isinstance(adapter, LoraConfig) or adapter.dora:
+    elif not isinstance(adapter, LoraConfig) or adapter.dora:
         kind = "dora" if isinstance(adapter, LoraConfig) else adapter.name
         reason = f"a vLLM server takes whole models and plain LoRA adapters, none of kind {kind}"
     elif adapter.base == "nf4":
@@ -179,6 +181,9 @@ def _model(cfg: RunConfig, key: str, folder: str, head: str, world: int) -> list
             f"knows {model.vocab_size} tokens and the policy {cfg.model.vocab_size}: their tokens mean other things"
         )
         return [Problem(key, folder, reason, f"a model of the policy's family and tokenizer, or {null}")]
+    if picture_config(model) != picture_config(cfg.model):
+        reason = "makes something else of pictures than the policy does, so that tokens would stand for other features"
+        return [Problem(key, folder, reason, f"a model with the policy's tower and model.vision.images, or {null}")]
     if model.max_seq_len < cfg.rollout.max_tokens:
         reason = f"reads {model.max_seq_len} tokens, and a sample may have {cfg.rollout.max_tokens}"
         return [Problem(key, folder, reason, f"rollout.max_new_tokens below that, or {null}")]

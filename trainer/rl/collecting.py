@@ -9,12 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.batch import Document
 from data.prompts import Prompt
 from parallel.frozen import Frozen
 from trainer.rl.advantages import Groups
 from trainer.rl.credit import shaped_reward
 from trainer.rl.samples import Samples, Scorer
 from trainer.rl.served import ServedAuthor, ServedWeights
+from trainer.rl.sights import Sights
 from trainer.rl.weights import GeneratorWeights, TrainedItself
 from trainer.rl.writer import Author, Written
 from trainer.rollout.config import REWARD_MODEL, RolloutConfig
@@ -34,6 +36,10 @@ class Prompts(Protocol):
 
     def prompts(self, position: int, count: int) -> list[Prompt]:
         """The next ones, `position` prompts after the begin of training; epochs follow each other without a gap."""
+        ...
+
+    def shown(self, prompts: Sequence[Prompt]) -> list[Document]:
+        """Prompts that show something as documents with their pictures."""
         ...
 
     held_out: Any
@@ -70,7 +76,7 @@ class Collector:
 
     Args:
         offload: give the memory of the generator's copy of the weights back when it has written.
-        max_len: most tokens of a sample that can be learnt from.
+        sights: gives what prompts show; None = the policy sees nothing.
     """
 
     stage: PolicyConfig
@@ -82,6 +88,7 @@ class Collector:
     scorer: Scorer
     reward_model: Frozen | None
     offload: bool
+    sights: Sights | None = None
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -123,7 +130,7 @@ class Collector:
     def samples(self, rollouts: Sequence[Rollout]) -> Samples:
         """Those rollouts in which the policy wrote something."""
         some = [each for each in rollouts if each.new_tokens]
-        return Samples(some, np.array([each.prompt.channel for each in some], dtype=np.int64))
+        return Samples(some, np.array([each.prompt.channel for each in some], dtype=np.int64), self.sights)
 
     @property
     def has_reward_model(self) -> bool:
@@ -143,6 +150,8 @@ class Collector:
         self.weights.fill()
         found.weights_s = time.perf_counter() - began
         self.author.reset()
+        if self.sights is not None:
+            self.sights.forget()
 
     def _end(self, found: Collected) -> None:
         found.written = self.author.written

@@ -56,7 +56,7 @@ class Learner:
         """One update on some of the samples; nothing where they have nothing to learn. Every rank calls alike."""
         if not len(which):
             return
-        batches = self.packer.micro_batches(samples.documents(which, facts_L))
+        batches = self.packer.micro_batches(samples.documents(which, facts_L), samples.shown)
         mine = float(sum(batch.tokens_T.numel() for batch in batches))
         count, tokens = self.groups.sum([self.stage.count(batches), mine])
         if count <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,6 +23,10 @@ GROUP = "group"
 """The fact that says which prompt a document answers."""
 
 
+Shown = Callable[[Sequence[Document]], list[Document]]
+"""Documents with what they show."""
+
+
 @dataclass(frozen=True)
 class Packer:
     """Makes micro-batches for the layout of a run."""
@@ -36,11 +40,12 @@ class Packer:
     share: bool = False
     """Answers to one prompt that come into one micro-batch have it in common once."""
 
-    def micro_batches(self, documents: Sequence[Document]) -> list[MicroBatch]:
+    def micro_batches(self, documents: Sequence[Document], shown: Shown | None = None) -> list[MicroBatch]:
         """This rank's part: the micro-batches of all dp ranks hold every document once, each rank has equally many.
 
         Args:
             documents: at least one, of at most ``seq_len`` tokens, all with the same facts.
+            shown: gives documents their pictures; asked for those of this rank alone.
         """
         dp, rows = self.groups.dp, self._rows(documents)
         count = -(-len(rows) // (dp.size * self.micro_batch_rows))
@@ -48,8 +53,9 @@ class Packer:
             count = next_micro_batches(self.layout.schedule, self.layout.pp, count)
         mine = split_ragged(_split(rows, count * dp.size), dp.rank, dp.size, self.micro_batch_rows, count)
         assert len(mine) == count, "more rows than were counted"
-        chosen = [[documents[i] for row in part for i in row.pieces] or [_nothing(documents[0])] for part in mine]
-        whole = [collate(part, GROUP if self.share else None) for part in chosen]
+        chosen = [[documents[i] for row in part for i in row.pieces] for part in mine]
+        seen = chosen if shown is None else [shown(part) for part in chosen]
+        whole = [collate(part or [_nothing(documents[0])], GROUP if self.share else None) for part in seen]
         parts = [local_part(batch, self.groups.cp, self.layout.context) for batch in whole]
         return [on_device(batch, self.groups.device) for batch in parts]
 

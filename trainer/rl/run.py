@@ -12,7 +12,7 @@ from typing import Any
 
 from data.peers import Peers
 from data.prompts import PromptData, read
-from data.tokenizer import load_tokenizer
+from data.tokenizer import add_special, load_tokenizer
 from parallel.groups import Groups
 from trainer import checkpoint, folders, provenance
 from trainer.config import RunConfig
@@ -22,12 +22,14 @@ from trainer.introduction import introduce, open_log
 from trainer.itself import start_in_words
 from trainer.logging.log import Log
 from trainer.loop import Progress
+from trainer.pictures import picture_config
 from trainer.reading import behind_the_gate
 from trainer.resuming import save, to_resume
 from trainer.rl import build, served
 from trainer.rl.collecting import Asks, Collector, Prompts
 from trainer.rl.loop import RlTrainer
 from trainer.rl.samples import Scorer
+from trainer.rl.sights import Sights
 from trainer.rl.writer import Author
 from trainer.rollout.records import Records
 from trainer.rollout.rollout import Rollouter
@@ -98,6 +100,8 @@ def _asking(cfg: RunConfig, groups: Groups, log: Log) -> Iterator[tuple[Asks, An
     """What makes rollouts, with the tokenizer and the tokens that end a text."""
     assert cfg.data.tokenizer is not None, "a run without a tokenizer is refused before the start"
     tokenizer = load_tokenizer(cfg.data.tokenizer, "data.tokenizer")
+    if cfg.model.vision is not None:
+        add_special(tokenizer, cfg.model.vision.images.token)
     render = renderer_of(tokenizer, cfg.data.tokenizer, cfg.data.chat_template)
     ends = stop_tokens_of(tokenizer, Path(cfg.data.tokenizer), render)
     peers = Peers(groups.rank, groups.world, groups.all_gather)
@@ -127,16 +131,16 @@ def make_trainer(parts: Parts, saved: checkpoint.Checkpoint | None, total_steps:
     reference = build.make_reference(cfg, stage, groups, policy.engine)
     reward_model = build.make_reward_model(cfg, groups)
     folders.forget()  # of a large model the headers alone are large
+    sights = None if cfg.model.vision is None else Sights(parts.prompts.shown)
     if cfg.rollout.backend == "vllm":
         words = (parts.run_dir, parts.tokenizer, parts.stop_tokens)
         weights, author = build.make_served(cfg, policy.engine, groups, *words)
     else:
         weights = build.make_weights(cfg, policy.engine, groups, 2 * cfg.run.hang_timeout + 60)
-        author = Author(build.make_generator(cfg, weights, parts.tokenizer, parts.stop_tokens), groups)
+        author = Author(build.make_generator(cfg, weights, parts.tokenizer, parts.stop_tokens), groups, sights=sights)
     scorer = Scorer(build.packer_of(cfg, groups), groups)
-    collector = Collector(
-        stage, cfg.rollout, parts.prompts, parts.asks, author, weights, scorer, reward_model, cfg.rollout.offload
-    )
+    asked = (stage, cfg.rollout, parts.prompts, parts.asks)
+    collector = Collector(*asked, author, weights, scorer, reward_model, cfg.rollout.offload, sights)
 
     def save_now(progress: Progress) -> None:
         if critic is not None:
@@ -214,7 +218,8 @@ def described(trainer: RlTrainer) -> list[str]:
 
 def _read_prompts(cfg: RunConfig, groups: Groups, run_dir: Path) -> PromptData:
     def prompts(peers: Peers) -> PromptData:
-        longest = cfg.rollout.max_prompt_tokens
-        return read(cfg.data, tokenizer_folder=None, max_prompt_tokens=longest, seed=cfg.run.seed, peers=peers)
+        longest, seen = cfg.rollout.max_prompt_tokens, picture_config(cfg.model)
+        common: dict[str, Any] = {"seed": cfg.run.seed, "peers": peers, "pictures": seen}
+        return read(cfg.data, tokenizer_folder=None, max_prompt_tokens=longest, **common)
 
     return behind_the_gate(prompts, cfg, groups, run_dir)

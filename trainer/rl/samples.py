@@ -19,6 +19,7 @@ from data.batch import Document, MicroBatch
 from parallel.engine import Forward
 from parallel.groups import Groups
 from trainer.rl.packing import GROUP, SAMPLE, Packer
+from trainer.rl.sights import Sights
 from trainer.rollout.types import Rollout
 
 
@@ -37,6 +38,8 @@ class Samples:
     rollouts: Sequence[Rollout]
     channel_S: np.ndarray
     """int64 [S]: index into the run's channels."""
+    sights: Sights | None = None
+    """Gives what prompts show; None = the model sees nothing."""
 
     @cached_property
     def borders_S1(self) -> np.ndarray:
@@ -93,6 +96,13 @@ class Samples:
             found.append(Document(self.tokens[s], self.learn_M[own], channel, of_sample, facts))
         return found
 
+    def shown(self, documents: Sequence[Document]) -> list[Document]:
+        """Some of its documents with the pictures of their prompts."""
+        if self.sights is None:
+            return list(documents)
+        prompts = [self.rollouts[int(each.facts[SAMPLE])].prompt for each in documents]
+        return self.sights.shown(documents, prompts)
+
     def _at_all(self, facts_L: np.ndarray) -> np.ndarray:
         facts_M = np.zeros(len(self.learn_M))
         facts_M[self.learn_M] = facts_L
@@ -147,7 +157,7 @@ class Scorer:
             place = (borders[sample_T.clamp(min=0)] + batch.positions_T + shift)[counts_T]
             return torch.zeros((), device=device), (place, said_T[counts_T])
 
-        batches = self.packer.micro_batches(samples.documents(range(len(samples))))
+        batches = self.packer.micro_batches(samples.documents(range(len(samples))), samples.shown)
         for place, said in model.score(batches, of_batch):
             if self.groups.tp.rank == 0:  # the others say the same
                 answer_M[place] = said

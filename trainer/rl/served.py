@@ -25,6 +25,7 @@ from convert.hf_files import read_folder
 from convert.peft_files import write_peft
 from convert.same_model import differing
 from convert.stored import StoredTensor
+from data.prompt import Prompt
 from models.adapters.attach import attach
 from models.adapters.config import LoraConfig
 from models.generation import Completion, SamplingConfig
@@ -226,11 +227,16 @@ class ServedAuthor:
         self.written = Written()
 
     def write(
-        self, prompts: Sequence[tuple[int, ...]], samples: int, settings: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        samples: int,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        shown: Sequence[Prompt] | None = None,
     ) -> list[list[Completion]]:
         """`samples` texts for each prompt, see `trainer.rollout.types.Writer`."""
         began = time.perf_counter()
-        found = self.writer.write(prompts, samples, settings, seeds)
+        found = self.writer.write(prompts, samples, settings, seeds, shown)
         busy = self.writer.rounds.peers.all_gather(self.writer.asked_s)
         self.written.tokens += sum(len(each.tokens) for texts in found for each in texts)
         self.written.seconds += time.perf_counter() - began

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from data.batch import Row, split_ragged
-from models.generation import Completion, Generator, Request, SamplingConfig
+from data.prompt import Prompt
+from models.generation import Completion, Generator, Request, SamplingConfig, Sight
 from parallel.groups import Groups
+from trainer.rl.sights import Sights
 
 
 @dataclasses.dataclass
@@ -38,10 +40,17 @@ class Author:
             they are neighbours.
         groups: the ranks of the run.
         autocast: the dtype of autocast around the model, None for the weights' own.
+        sights: gives what prompts show; None = the model sees nothing.
     """
 
-    def __init__(self, generator: Generator, groups: Groups, autocast: torch.dtype | None = None) -> None:
-        self.generator, self.groups, self.autocast = generator, groups, autocast
+    def __init__(
+        self,
+        generator: Generator,
+        groups: Groups,
+        autocast: torch.dtype | None = None,
+        sights: Sights | None = None,
+    ) -> None:
+        self.generator, self.groups, self.autocast, self.sights = generator, groups, autocast, sights
         self.written = Written()
 
     def reset(self) -> None:
@@ -49,14 +58,22 @@ class Author:
         self.written = Written()
 
     def write(
-        self, prompts: Sequence[tuple[int, ...]], samples: int, settings: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        samples: int,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        shown: Sequence[Prompt] | None = None,
     ) -> list[list[Completion]]:
         """`samples` texts for each prompt, see `trainer.rollout.types.Writer`."""
         started = time.perf_counter()
         settings = dataclasses.replace(settings, samples=samples)
         tp = self.generator.model.place.tp
         mine = _share(prompts, settings.max_new_tokens, self.groups.rank // tp.size, self.groups.world // tp.size)
-        requests = [Request(prompts[i], settings, seeds[i]) for i in mine]
+        sights: list[Sight | None] = [None] * len(mine)
+        if self.sights is not None and shown is not None:
+            sights = self.sights.of([shown[i] for i in mine], [len(prompts[i]) for i in mine])
+        requests = [Request(prompts[i], settings, seeds[i], sight) for i, sight in zip(mine, sights, strict=True)]
         with torch.autocast(self.groups.device.type, self.autocast, enabled=self.autocast is not None):
             made = self.generator.generate(requests) if requests else []
         busy = time.perf_counter() - started

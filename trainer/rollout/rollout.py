@@ -136,7 +136,7 @@ class Rollouter:
             seeds.append(_seed(self.seed, prompt.number, -1 if evaluation else step, again))
             drafts += [_Draft.of(prompt, again * samples + sample) for sample in range(samples)]
         settings = self.cfg.sampling(evaluation)
-        made = writer.write([prompt.tokens for prompt in prompts], samples, settings, seeds)
+        made = writer.write([prompt.tokens for prompt in prompts], samples, settings, seeds, prompts)
         for draft, completion in zip(drafts, (each for texts in made for each in texts), strict=True):
             self._take(draft, completion)
         if self.cfg.task is not None:
@@ -181,7 +181,8 @@ class Rollouter:
             place = -1 if evaluation else step
             seeds = [_seed(self.seed, each.prompt.number, place, each.sample, turn) for each in going]
             settings = replace(self.cfg.sampling(evaluation), max_new_tokens=max(map(self._room, going)))
-            made = writer.write([tuple(each.tokens) for each in going], 1, settings, seeds)
+            shown = [each.prompt for each in going]
+            made = writer.write([tuple(each.tokens) for each in going], 1, settings, seeds, shown)
             for draft, (completion,) in zip(going, made, strict=True):
                 self._take(draft, completion)
             open_drafts = [draft for draft in going if draft.finish == "stop"]

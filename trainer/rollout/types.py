@@ -84,13 +84,19 @@ class Writer(Protocol):
     """The policy as an author: Loom's generator on training weights, a vLLM server, or a fake in a test."""
 
     def write(
-        self, prompts: Sequence[tuple[int, ...]], samples: int, settings: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        samples: int,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        shown: Sequence[Prompt] | None = None,
     ) -> list[list[Completion]]:
         """`samples` texts for each prompt, with log-probabilities where `settings.log_probs`.
 
         Args:
             samples: how many for each prompt (`settings.samples` is not looked at).
             seeds: one a prompt; sample s of a prompt draws by (seed, s), whatever else is written beside it.
+            shown: what each of `prompts` begins with, and whose pictures it shows; None = nothing is shown.
 
         Returns:
             For each prompt its completions by sample. A prompt that cannot be run has completions with finish="error".

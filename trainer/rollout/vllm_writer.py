@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from data.prompt import Prompt
 from models.generation import Completion, SamplingConfig
 from models.generation.text import Tokenizer, decoded
 from trainer.rollout.rounds import Rounds
@@ -34,9 +35,14 @@ class VllmWriter:
         """Seconds in which this rank waited for its own share of the last texts."""
 
     def write(
-        self, prompts: Sequence[tuple[int, ...]], samples: int, settings: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        samples: int,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        shown: Sequence[Prompt] | None = None,
     ) -> list[list[Completion]]:
-        """See `trainer.rollout.types.Writer`.
+        """See `trainer.rollout.types.Writer`; a policy that sees is refused before the start.
 
         Raises:
             ValueError: the server is gone or answers something else than texts.

@@ -70,8 +70,8 @@ def test_a_layout_learns_as_one_process(
     found = pool(size).run(rl_cases.rl_steps, stage, model_of(model), ParallelConfig(**layout), zero)
     for each in found:  # every rank has all of it
         assert each["texts"] == expected["texts"]
-        _alike(expected["facts"], each["facts"])
-    _same_training(expected, found[0])
+        same_step_facts(expected["facts"], each["facts"])
+    same_training(expected, found[0])
 
 
 EXPERTS = LoraConfig(rank=4, targets=("v_proj", "experts.gate_up_proj", "experts.down_proj"))
@@ -91,7 +91,7 @@ def test_an_adapter_learns_and_writes_as_in_one_process(row: Any, pool: Callable
     expected = pool(1).run(rl_cases.rl_steps, GRPO, model, ParallelConfig(), **given)[0]
     found = pool(2).run(rl_cases.rl_steps, GRPO, model, ParallelConfig(**layout), **given)[0]
     assert found["texts"] == expected["texts"]
-    _same_training(expected, found)
+    same_training(expected, found)
     before, after = (metrics["train/kl"] for metrics in expected["metrics"])
     assert before < 1e-9 < after
     assert found["metrics"][1]["train/mismatch_kl"] < 1e-9  # the texts are the trained policy's
@@ -109,7 +109,7 @@ def test_a_resumed_run_goes_on_alike(adapter: LoraConfig | None, pool: Callable[
     resumed = pool(2).run(rl_cases.rl_steps, stage, model, ParallelConfig(tp=2), **rest)[0]
     assert resumed["texts"] == straight["texts"][2:]
     assert resumed["progress"] == straight["progress"] == (4, 16)
-    _alike(straight["facts"][2:], resumed["facts"])
+    same_step_facts(straight["facts"][2:], resumed["facts"])
     if adapter is not None:
         assert {name.partition(".")[0] for name in straight["weights"]["critic"] if ".adapter." not in name} == {"head"}
         opened = open_loom(tmp_path / "critic")
@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on_alike(adapter: LoraConfig | None, pool: Callable[
         assert cases.distance(weights, resumed["weights"][name]) <= TOLERANCE
 
 
-def _alike(expected: list[dict[str, np.ndarray]], found: list[dict[str, np.ndarray]]) -> None:
+def same_step_facts(expected: list[dict[str, np.ndarray]], found: list[dict[str, np.ndarray]]) -> None:
     for ours, theirs in zip(expected, found, strict=True):
         assert ours.keys() == theirs.keys()
         for name, values in ours.items():
@@ -129,7 +129,7 @@ def _alike(expected: list[dict[str, np.ndarray]], found: list[dict[str, np.ndarr
             assert np.abs(values - theirs[name]).max() <= TOLERANCE * largest, name
 
 
-def _same_training(expected: dict[str, Any], found: dict[str, Any]) -> None:
+def same_training(expected: dict[str, Any], found: dict[str, Any]) -> None:
     for ours, theirs in zip(expected["metrics"], found["metrics"], strict=True):
         names = {name for name in ours if name.startswith(("train/", "critic/", "rollout/", "channel/"))}
         assert names == {name for name in theirs if name.startswith(("train/", "critic/", "rollout/", "channel/"))}

@@ -11,7 +11,8 @@ import torch
 
 from models.blocks.branches import branch_context
 from models.config import RopeConfig
-from tests.branch_cases import LENGTHS, answer, answer_in_pool
+from tests import sight_cases
+from tests.branch_cases import LENGTHS, answer, answer_in_pool, seeing
 from tests.mla_cases import LATENT
 from tests.tp_cases import CFG
 
@@ -43,6 +44,16 @@ def test_equals_whole_documents(name: str) -> None:
     shared, whole = (answer(MODELS[name], share) for share in (True, False))
     assert (shared["tokens"], whole["tokens"]) == (ONCE, WHOLE)
     same(shared, whole)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_pictures_of_a_beginning_are_looked_at_once(name: str) -> None:
+    """But for the one that a prompt ends with: its last token predicts, so every answer has it again."""
+    cfg = sight_cases.MODELS[name]
+    shared, whole = (answer(cfg, share) for share in (True, False))
+    same(shared, whole)
+    own = [len(s.pictures.patches_PX) for s in seeing(cfg) if s.pictures is not None]
+    assert whole["patches"] == sum(own) and shared["patches"] == own[0] + own[3] + sum(own[6:])
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -70,7 +70,12 @@ class ByHand:
     asked: list[tuple[str, SamplingConfig, int]] = field(default_factory=list)
 
     def write(
-        self, prompts: Sequence[tuple[int, ...]], samples: int, settings: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        samples: int,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        shown: Sequence[Prompt] | None = None,
     ) -> list[list[Completion]]:
         found = []
         for prompt, seed in zip(prompts, seeds, strict=True):
@@ -379,7 +384,12 @@ class OfGenerator:
         self.generator = Generator(tp_cases.model_of(cfg, SINGLE), tokenizer, GeneratorConfig(max_rows=rows))  # type: ignore[arg-type]
 
     def write(
-        self, prompts: Sequence[tuple[int, ...]], samples: int, settings: SamplingConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        samples: int,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        shown: Sequence[Prompt] | None = None,
     ) -> list[list[Completion]]:
         settings = dataclasses.replace(settings, samples=samples)
         requests = [Request(prompt, settings, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
