@@ -145,6 +145,9 @@ def _model_in(model: ModelConfig, part: Part, folder: str) -> tuple[Tensors, Map
         theirs, ours = opened.cfg.vision.connector, model.vision.connector
         if theirs != ours:
             raise ValueError(f"{folder} holds another connector: {theirs} against the model's {ours}")
+        theirs, ours = opened.cfg.vision.cross, model.vision.cross
+        if theirs != ours:
+            raise ValueError(f"{folder} has other layers that read features: {theirs} against the model's {ours}")
     return opened.tensors, weight_rules(opened.cfg)[0]
 
 

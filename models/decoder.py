@@ -28,7 +28,8 @@ from models.blocks.router import Tokens
 from models.blocks.virtual import Given, Longer, Prefix, Prompt, VirtualTokens, lengthened
 from models.config import ModelConfig, Runtime
 from models.heads import LMHead, ScalarHead
-from models.vision.eyes import Pictures, build_eyes, see
+from models.vision.eyes import Connection, Pictures, build_eyes, read, see
+from models.vision.gated import Reading
 from parallel.sharding import SINGLE, Place, tie_ends
 
 PLAIN = Runtime()
@@ -83,9 +84,10 @@ class Decoder(nn.Module):
         self.embed = token_embedding(cfg, place) if chunk.embeds else None
         self.virtual: VirtualTokens | None = None
         self.vision: nn.Module | None = None
-        self.connector: nn.Module | None = None
+        self.connector: Connection | None = None
         if cfg.vision is not None and chunk.embeds:
-            self.vision, self.connector = build_eyes(cfg.vision, cfg.hidden_size, place, runtime.recompute == "full")
+            again = runtime.recompute == "full"
+            self.vision, self.connector = build_eyes(cfg.vision, cfg.hidden_size, place, again, cfg.num_layers)
         if cfg.tied_embeddings and cfg.head == "lm" and self.embed is not None and not chunk.heads:
             tie_ends(self.embed.weight, None, "embed.weight")
         # A dict by layer number, so that names stay those of the whole model.
@@ -152,15 +154,16 @@ class Decoder(nn.Module):
             if rotary_3T is not None:  # virtual tokens are text: those behind them count on
                 moved = rotary_3T + self.virtual.count
                 rotary_3T = positions_T.repeat(3, 1).index_copy_(1, longer.own_T, moved)
-        packing = self.packing_of(tokens_T, positions_T, cu_seqlens, branches, rotary_3T)
+        packing, reading = self.packing_of(tokens_T, positions_T, cu_seqlens, branches, rotary_3T), None
         if self.embed is not None:
             missing = -tokens_T.shape[0] % self.place.tp.size if self.place.splits_rows else 0
-            hidden_RD = self._embedded(F.pad(tokens_T, (0, missing)) if missing else tokens_T, pictures)
+            padded_T = F.pad(tokens_T, (0, missing)) if missing else tokens_T
+            hidden_RD, reading = self._embedded(padded_T, pictures, packing.borders)
         if longer is not None and self.virtual is not None:
             hidden_RD = self.virtual(hidden_RD, longer.virtual_L)
         assert hidden_RD is not None, "only the first chunk begins with tokens"
         tokens = Tokens.of(tokens_T, packing.borders, channel_T, self.place, positions_T)
-        hidden_RD = self._layers(hidden_RD, packing, tokens)
+        hidden_RD = self._layers(hidden_RD, packing, tokens, reading)
         if self.norm is None or self.head is None:
             return hidden_RD
         hidden_RD = self.norm(hidden_RD)[0]
@@ -175,22 +178,34 @@ class Decoder(nn.Module):
             out = out[: tokens_T.shape[0]] if self.place.splits_rows else out
         return out if longer is None else longer.cut(out)
 
-    def _embedded(self, tokens_T: torch.Tensor, pictures: Pictures | None) -> torch.Tensor:
+    def _embedded(
+        self, tokens_T: torch.Tensor, pictures: Pictures | None, borders: Sequence[int]
+    ) -> tuple[torch.Tensor, Reading | None]:
+        """The embedded tokens with what they show, or beside it what they read of it."""
         assert self.embed is not None
-        hidden_RD = self.embed(tokens_T)
-        if self.vision is None or self.connector is None or self.cfg.vision is None:
+        hidden_RD, vision = self.embed(tokens_T), self.cfg.vision
+        if self.vision is None or self.connector is None or vision is None:
             assert pictures is None, "a model without a vision tower sees no pictures"
-            return hidden_RD
-        return see(hidden_RD, self.vision, self.connector, pictures, self.cfg.vision, self.place)
+            return hidden_RD, None
+        if vision.cross is not None:
+            return hidden_RD, read(hidden_RD, self.vision, self.connector, pictures, vision, borders)
+        return see(hidden_RD, self.vision, self.connector, pictures, vision, self.place), None
 
-    def _layers(self, hidden_RD: torch.Tensor, packing: Packing, tokens: Tokens) -> torch.Tensor:
-        remake = self.runtime.recompute == "full" and torch.is_grad_enabled()
-        for layer in self.layers.values():
-            if remake:
-                hidden_RD = checkpoint(layer, hidden_RD, packing, tokens, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden_RD = layer(hidden_RD, packing, tokens)
+    def _layers(
+        self, hidden_RD: torch.Tensor, packing: Packing, tokens: Tokens, reading: Reading | None
+    ) -> torch.Tensor:
+        for number, layer in self.layers.items():
+            if self.connector is not None and number in self.connector.gated:
+                hidden_RD = self._run(self.connector.gated[number], hidden_RD, reading)
+            hidden_RD = self._run(layer, hidden_RD, packing, tokens)
         return hidden_RD
+
+    def _run(self, layer: nn.Module, hidden_RD: torch.Tensor, *given: Any) -> torch.Tensor:
+        if self.runtime.recompute == "full" and torch.is_grad_enabled():
+            out = checkpoint(layer, hidden_RD, *given, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(out, torch.Tensor)
+            return out
+        return layer(hidden_RD, *given)
 
     def packing_of(
         self,

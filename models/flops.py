@@ -8,10 +8,11 @@ Sources: Chowdhery et al. 2022 (PaLM), appendix B; attention by document length 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from models.config import ModelConfig
-from models.vision.flops import Grids, Work, vision_work
+from models.vision.flops import Grids, Work, gated_work, vision_work
 
 EMBEDDING = "embed.weight"
 
@@ -72,7 +73,7 @@ def step_flops(
     outputs = cfg.vocab_size if cfg.head == "lm" else 1
     head = Work(2.0 * outputs * cfg.hidden_size * supervised_tokens, trained=learns(EMBEDDING if tied else "head."))
     embedding = Work(0.0, trained=learns(EMBEDDING))
-    return needed([*eyes, embedding, *_decoder_work(cfg, doc_lengths, learns), head])
+    return needed([*eyes, embedding, *_decoder_work(cfg, doc_lengths, grids, learns), head])
 
 
 def needed(works: Iterable[Work]) -> float:
@@ -93,15 +94,23 @@ def needed(works: Iterable[Work]) -> float:
     return total
 
 
-def _decoder_work(cfg: ModelConfig, doc_lengths: Sequence[int], trains: Callable[[str], bool]) -> list[Work]:
+def _decoder_work(
+    cfg: ModelConfig, doc_lengths: Sequence[int], grids: Grids, trains: Callable[[str], bool]
+) -> list[Work]:
     tokens = sum(doc_lengths)
     heads = cfg.num_heads * (cfg.head_dim + (cfg.mla.value_dim if cfg.mla else cfg.head_dim))
     windows = [cfg.window(layer) for layer in range(cfg.num_layers)]
     pairs = {window: sum(attended_pairs(length, window) for length in doc_lengths) for window in set(windows)}
-    return [
+    works = [
         Work(2.0 * layer_matmul_params(cfg, i) * tokens, 2.0 * heads * pairs[window], trained=trains(f"layers.{i}."))
         for i, window in enumerate(windows)
     ]
+    gated = None if cfg.vision is None else gated_work(cfg.vision, cfg.hidden_size, tokens, grids)
+    if gated is None or cfg.vision is None or cfg.vision.cross is None:
+        return works
+    before = cfg.vision.cross.before(cfg.num_layers)
+    gated = dataclasses.replace(gated, trained=trains("connector."))
+    return [each for i, work in enumerate(works) for each in ([gated, work] if i in before else [work])]
 
 
 def _everything(name: str) -> bool:

@@ -8,6 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class PartsConfig:
     vision: LayeredPartConfig = field(default_factory=LayeredPartConfig)
     """The vision tower of a model that sees."""
     connector: PartConfig = field(default_factory=PartConfig)
-    """What stands between tower and decoder."""
+    """What stands between tower and decoder, and the layers that read features (model.vision.cross)."""
     decoder: LayeredPartConfig = field(default_factory=LayeredPartConfig)
     """The language model: embedding, layers, norm and head."""
 
@@ -171,7 +172,9 @@ def _first_trained(model: Model) -> list[nn.Module]:
             [model.connector],
         ]
     behind = [module for module in (model.norm, model.head) if module is not None]
-    rows.append([*model.layers.values(), *behind])
+    gated = {} if model.connector is None else model.connector.gated
+    layers = [[*([gated[i]] if i in gated else []), layer] for i, layer in model.layers.items()]
+    rows.append([*chain.from_iterable(layers), *behind])
     found = []
     for row in rows:
         first = next((module for module in row if any(p.requires_grad for p in module.parameters())), None)

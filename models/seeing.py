@@ -15,7 +15,7 @@ from models.hf_config import required
 from models.rules import Concat, Rename, Rule, Stack, Tie, Unused
 from models.text_families import TEXT_FAMILIES
 from models.vision import config as parts
-from models.vision.config import ImageConfig, TowerConfig, VisionConfig
+from models.vision.config import CrossConfig, ImageConfig, TowerConfig, VisionConfig
 from models.vision.eyes import Connection
 from models.vision.rules import tower_rules
 from parallel.sharding import SINGLE
@@ -35,7 +35,8 @@ CONNECTORS = (
 def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
     """Our sizes from the content of a config.json of type `loom_vlm`."""
     keys = {"tower": "vision_config", "connector": "connector_config", "images": "images"}
-    vision = vision_of({"format": "loom"} | {ours: required(config, theirs) for ours, theirs in keys.items()})
+    given = {"format": "loom", "cross": config.get("cross_config")}
+    vision = vision_of(given | {ours: required(config, theirs) for ours, theirs in keys.items()})
     return dataclasses.replace(decoder_of(config), vision=vision)
 
 
@@ -48,6 +49,7 @@ def vision_of(given: Mapping[str, Any]) -> VisionConfig:
         tower=TowerConfig(**_tuples(given["tower"])),
         connector=connector(**theirs),
         images=ImageConfig(**_tuples(given["images"])),
+        cross=None if given.get("cross") is None else CrossConfig(**given["cross"]),
     )
 
 
@@ -55,7 +57,13 @@ def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
     """The content of a config.json of type `loom_vlm`."""
     vision = cfg.vision
     assert vision is not None
-    sections = {"vision_config": vision.tower, "connector_config": vision.connector, "images": vision.images}
+    sections: dict[str, Any] = {
+        "vision_config": vision.tower,
+        "connector_config": vision.connector,
+        "images": vision.images,
+    }
+    if vision.cross is not None:
+        sections["cross_config"] = vision.cross
     own = {name: dataclasses.asdict(section) for name, section in sections.items()}
     return {"model_type": "loom_vlm", "text_config": text_config(cfg)} | own
 
@@ -100,7 +108,7 @@ def connector_names(cfg: ModelConfig) -> list[str]:
     """Names of the connector's parameters."""
     assert cfg.vision is not None
     with torch.device("meta"):
-        connection = Connection(cfg.vision, cfg.hidden_size, SINGLE, False)
+        connection = Connection(cfg.vision, cfg.hidden_size, SINGLE, False, cfg.num_layers)
     return [f"connector.{name}" for name, _ in connection.named_parameters()]
 
 

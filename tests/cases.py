@@ -61,9 +61,10 @@ class Rows:
     """There are two different tokens only, so that a router sends them to the same few experts."""
     pretrain: bool = False
     """Every token is learnt; else from one to all of a document's."""
-    pictures: Literal["tiles", "queries", "native"] | None = None
+    pictures: Literal["tiles", "queries", "native", "gated"] | None = None
     """Some documents show some: 2 x 2 patches of 4 pixels that give 4 features, or 3, or blocks of frames of any size
-    that give one each. Most have none, some many; every fourth step has none at all."""
+    that give one each; gated: 4, for which one token stands. Most have none, some many; every fourth step has none at
+    all."""
 
 
 UNEVEN = Rows()
@@ -89,13 +90,13 @@ def uneven_rows(step: int, count: int = 8, kind: Rows = UNEVEN) -> list[list[Doc
 
 
 def _pictures(
-    random: np.random.Generator, length: int, kind: Literal["tiles", "queries", "native"] | None
+    random: np.random.Generator, length: int, kind: Literal["tiles", "queries", "native", "gated"] | None
 ) -> tuple[Pictures | None, int]:
     """None to many pictures for a document of so many tokens, and how many features they have."""
     if kind is None or random.random() < 0.6:
         return None, 0
     grids: list[tuple[int, int]] = []
-    each = {"tiles": 4, "queries": 3, "native": 1}[kind]
+    each = {"tiles": 4, "queries": 3, "native": 1, "gated": 4}[kind]
     for _ in range(random.choice([1, 2, 6])):
         grids.append((2, int(random.choice([2, 4, 6]))) if kind == "native" else (2, 2))
     counts = [each if kind != "native" else columns // 2 for _, columns in grids]
@@ -105,9 +106,17 @@ def _pictures(
         return None, 0
     features, patches = sum(counts), sum(rows * columns for rows, columns in grids)
     patches_PX = random.standard_normal((patches, 3 * (2 if kind == "native" else 1) * 16)).astype(np.float32)
-    slots = np.sort(random.choice(length, features, replace=False))
+    slots = np.sort(random.choice(length, len(grids) if kind == "gated" else features, replace=False))
+    slots = slots.repeat(each) if kind == "gated" else slots
     shown = Pictures(torch.from_numpy(patches_PX), tuple(grids), torch.from_numpy(slots), torch.arange(features))
     return shown, features
+
+
+class OpenGates(InitSource):
+    """Fresh weights; gates, which begin at 0, are not closed."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return super().tensor(name) + (0.5 if name.endswith("_gate") else 0.0)
 
 
 def my_micro_batches(step: int, groups: Groups, micro_rows: int, kind: Rows = UNEVEN) -> list[MicroBatch]:
@@ -179,7 +188,7 @@ def train(
     optim = OptimConfig(lr=lr, clip=clip, eps=eps, parts=parts)
     engine_cfg = EngineConfig(zero=zero, precision=precision, recompute=recompute, offload_optimizer=offload)
     saved = checkpoint.Checkpoint(Path(resume_from)) if resume_from else None
-    engine = make_engine(cfg, engine_cfg, optim, groups, saved or InitSource(cfg, seed=3), layout)
+    engine = make_engine(cfg, engine_cfg, optim, groups, saved or OpenGates(cfg, seed=3), layout)
     if saved:
         checkpoint.restore(saved, engine, groups)
     stage = NextToken(len(NAMES))
@@ -210,9 +219,13 @@ def train(
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Largest difference between two sets of tensors, relative to the largest value of the tensor."""
+    """Largest difference between two sets of tensors, relative to the largest value of the tensor; of single numbers
+    (gates), whose gradients are thousands of terms that cancel, to the largest of them all."""
     assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).detach().abs().max() / a[n].detach().abs().max().clamp_min(1e-12)) for n in a)
+    largest = {name: float(tensor.detach().abs().max()) for name, tensor in a.items()}
+    singles = max((largest[name] for name in a if a[name].numel() == 1), default=0.0)
+    scale = {name: singles if a[name].numel() == 1 else largest[name] for name in a}
+    return max(float((a[n] - b[n]).detach().abs().max()) / max(scale[n], 1e-12) for n in a)
 
 
 def relative(a: Sequence[float], b: Sequence[float]) -> float:

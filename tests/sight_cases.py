@@ -15,7 +15,7 @@ from models import Decoder, ModelConfig
 from models.config import RopeConfig
 from models.generation import BeamConfig, Completion, Generator, GeneratorConfig, Request, SamplingConfig, Sight
 from models.generation.config import Settings
-from models.vision.config import ImageConfig, MergerConfig, ProjectorConfig, TowerConfig, VisionConfig
+from models.vision.config import CrossConfig, ImageConfig, MergerConfig, ProjectorConfig, TowerConfig, VisionConfig
 from parallel.sharding import SINGLE, Place
 from tests import tp_cases
 from trainer.pictures import picture_config
@@ -36,6 +36,7 @@ MODELS = {
         rope=RopeConfig(sections=(2, 1, 1)),
         vision=VisionConfig("qwen2_vl", QWEN, MergerConfig(), NATIVE),
     ),
+    "gated": replace(TEXT, vision=VisionConfig("loom", CLIP, ProjectorConfig("mlp"), NEXT, CrossConfig(48, 1, 4, 8))),
 }
 SIZES: tuple[tuple[tuple[int, int], ...], ...] = (((40, 50),), (), ((80, 24), (30, 30)), ((28, 56),), ())
 """Width and height of each prompt's pictures."""
@@ -65,7 +66,7 @@ def shown(cfg: PictureConfig, sizes: tuple[tuple[int, int], ...], seed: int) -> 
     plans = [plan(*size, cfg) for size in sizes]
     for each in plans:
         patches = torch.randn(sum(a * b for a, b in each.grids), 3 * cfg.frames * cfg.patch**2, generator=draw)
-        made.append(Pictures(patches, each.grids, torch.arange(each.tokens), torch.from_numpy(each.order_F)))
+        made.append(Pictures(patches, each.grids, torch.from_numpy(each.slots_F), torch.from_numpy(each.order_F)))
         starts.append(len(tokens))
         features.append(features_of(each, cfg))
         tokens += [TOKEN] * each.tokens + text(5)

@@ -102,6 +102,10 @@ def _stages(layout: Layout, world: int) -> Iterator[Fault]:
     stages = parallel.pp * parallel.stages_per_rank
     if parallel.pp == 1:
         return
+    if layout.model.vision is not None and layout.model.vision.cross is not None:
+        reason = "keeps features on the first stage, and layers of all stages would read them (model.vision.cross)"
+        yield Fault("parallel.pp", parallel.pp, reason)
+        return
     if stages > layers:
         made = f"{parallel.pp} ranks x {parallel.stages_per_rank} stages ({parallel.schedule}) = {stages} stages"
         key = "parallel.vpp" if parallel.vpp is not None and parallel.pp <= layers else "parallel.pp"

@@ -36,6 +36,7 @@ def picture_config(model: ModelConfig) -> PictureConfig | None:
         begin=images.begin,
         end=images.end,
         rotary=bool(model.rope.sections),
+        one_token=vision.cross is not None,
         patch_cost=_weights(tower) / (model.num_layers * _layer_weights(model)),
     )
 

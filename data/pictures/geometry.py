@@ -27,6 +27,12 @@ def plan(width: int, height: int, cfg: PictureConfig, frames: int = 1) -> Plan:
         PictureError: no plan for such a size.
     """
     assert frames == 1 or cfg.mode == "native", "frames are pictures of their own"
+    planned = _plan(width, height, cfg, frames)
+    return Plan(planned.grids, planned.order_F, (1, 1, 1), True) if cfg.one_token else planned
+
+
+def _plan(width: int, height: int, cfg: PictureConfig, frames: int) -> Plan:
+    """With a token for each feature."""
     grids = tile_grids(width, height, cfg, frames)
     sizes = [features_of(grid, cfg) for grid in grids]
     if cfg.mode == "native":

@@ -78,7 +78,7 @@ def gathered(
     features = [features_of(each, cfg) for each in plans]
     first = np.concatenate([[0], np.cumsum(features)])[:-1]
     order = [np.where(each.order_F < 0, each.order_F, each.order_F + n) for each, n in zip(plans, first, strict=True)]
-    slots = [begin + np.arange(each.tokens) for begin, each in zip(starts, plans, strict=True)]
+    slots = [begin + each.slots_F for begin, each in zip(starts, plans, strict=True)]
     pictures = Pictures(
         torch.cat(list(patches)),
         tuple(grid for each in plans for grid in each.grids),

@@ -50,6 +50,8 @@ class PictureConfig:
     end: str
     rotary: bool
     """Positions are three numbers a token: time, row and column (M-RoPE)."""
+    one_token: bool = False
+    """One token stands for all features of a picture."""
     patch_cost: float = field(default=0.0, repr=False, compare=False)
     """Work of a patch, in tokens of the decoder: what pictures weigh when rows are dealt out, no result."""
 
@@ -69,11 +71,18 @@ class Plan:
     """int64 [F]: which of the picture's features, counted over its tiles, stands at each of its tokens; or NEWLINE."""
     shape: tuple[int, int, int]
     """Time, rows and columns of the tokens, where they are a grid (native mode)."""
+    one_token: bool = False
+    """See `PictureConfig`."""
 
     @property
     def tokens(self) -> int:
         """Tokens that stand for the picture, without `begin` and `end`."""
-        return len(self.order_F)
+        return 1 if self.one_token else len(self.order_F)
+
+    @property
+    def slots_F(self) -> np.ndarray:
+        """int64 [F]: of each feature the token that stands for it, counted from the picture's first."""
+        return np.zeros_like(self.order_F) if self.one_token else np.arange(len(self.order_F))
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,8 @@ class Pictures:
     grids: tuple[tuple[int, int], ...]
     """Rows and columns of patches of each tile; on the host."""
     slots_F: torch.Tensor
-    """int64 [F]: the tokens of the micro-batch that stand for a feature, ascending."""
+    """int64 [F]: the tokens of the micro-batch that stand for a feature, ascending; with `PictureConfig.one_token` the
+    same for all of a picture."""
     order_F: torch.Tensor
     """int64 [F]: which feature stands there, counted over all tiles; or NEWLINE."""
 

@@ -19,6 +19,7 @@ import torch
 from models.blocks.mla import LatentAttention
 from models.decoder import Decoder, Layer
 from models.generation.pieces import Piece, attend_both, pieces_of
+from models.generation.shown import Joined, Shown
 from parallel.matmul import compute_dtype
 
 _ROUND = 64
@@ -48,6 +49,8 @@ class Prefix:
     """Layers without a window do not copy it into slots."""
     shift: int = 0
     """As of its slot, see `Cache.shift`."""
+    shown: Shown | None = None
+    """As of its slot, see `Cache.show`."""
 
 
 @dataclass
@@ -175,6 +178,8 @@ class Cache:
         self._apart: dict[int, Prefix] = {}
         """The prompts of slots that begin behind them."""
         self._shifts: dict[int, int] = {}
+        self._shown: dict[int, Shown] = {}
+        self._joined: tuple[list[Shown | None], Joined | None] = ([], None)
         self._common: list[Prefix] = []
         """Those that the layers have together now."""
 
@@ -200,6 +205,7 @@ class Cache:
         for slot in slots:
             self._apart.pop(slot, None)
             self._shifts.pop(slot, None)
+            self._shown.pop(slot, None)
 
     def shift(self, slots: Sequence[int], by: Sequence[int]) -> None:
         """Later tokens of these slots have their places plus this as positions: pictures have their own (M-RoPE)."""
@@ -209,6 +215,18 @@ class Cache:
         """What was said so of a slot."""
         return self._shifts.get(slot, 0)
 
+    def show(self, slot: int, shown: Shown | None) -> None:
+        """Later tokens of this slot read this picture, which does not stand among them; None: none."""
+        if shown is not None:
+            self._shown[slot] = shown
+
+    def shown(self, rows: int) -> Joined | None:
+        """What the first rows read; made when it is another than that of the last call."""
+        wanted = [self._shown.get(slot) for slot in range(rows)]
+        if wanted != self._joined[0]:
+            self._joined = wanted, Joined.of(wanted)
+        return self._joined[1]
+
     def take(self, slot: int, tokens: int, apart: bool = False) -> Prefix:
         """A copy of the first `tokens` tokens of a slot, which must be all it has and no prompt held apart.
 
@@ -216,12 +234,13 @@ class Cache:
         """
         every = self.ahead + tokens
         parts = [[x[slot, :, : layer.held(every)].clone() for x in layer.tensors()] for layer in self.layers]
-        return Prefix(every, parts, apart, self.shifted(slot))
+        return Prefix(every, parts, apart, self.shifted(slot), self._shown.get(slot))
 
     def give(self, slot: int, prefix: Prefix) -> None:
         """Begin a slot with such a copy."""
         self.clear([slot])
         self.shift([slot], [prefix.shift])
+        self.show(slot, prefix.shown)
         if prefix.apart:
             self._apart[slot] = prefix
         for layer, parts in zip(self.layers, prefix.layers, strict=True):
@@ -235,6 +254,7 @@ class Cache:
         first, tokens = self.ahead + first if first else 0, self.ahead + tokens
         self.clear([target])
         self.shift([target], [self.shifted(source)])
+        self.show(target, self._shown.get(source))
         prefix = self._apart.get(source)
         if prefix is not None:
             assert first == 0

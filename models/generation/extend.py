@@ -18,6 +18,7 @@ from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache
 from models.generation.forward import Turn, attended, embedded, feed_forward, logits_of, normed_states, rms_norm
 from models.generation.pieces import pieces_of
+from models.generation.shown import read_last
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ def extend(
     }
     hidden, made = embedded(model, tokens_T), []
     turn = Turn.of(cos, sin, hidden)
-    for index, (layer, own) in enumerate(zip(model.layers.values(), cache.layers, strict=True)):
+    shown = cache.shown(len(counts))
+    for index, ((number, layer), own) in enumerate(zip(model.layers.items(), cache.layers, strict=True)):
         assert isinstance(layer, Layer)
+        hidden = read_last(model, number, hidden, shown, counts)
         normed, old = rms_norm(layer.attn_norm, hidden), () if tail is None else tail.layers[index]
         meet = _Meet(own, old, meetings[own.window])
         found = attended(layer.attn, normed, turn, meet)

@@ -21,6 +21,7 @@ from models.blocks.router import Tokens
 from models.blocks.virtual import Given, Prompt, lengthened
 from models.decoder import Decoder, Layer
 from models.generation.cache import Cache, LayerCache, Plan
+from models.generation.shown import Pair, last_picture, read_last, read_prompts
 from models.generation.sight import Sight, looked, turned_by
 from models.heads import LMHead
 from parallel.matmul import compute_dtype
@@ -87,17 +88,22 @@ def prompt_states(
             rotary_3T = given.positions_T.repeat(3, 1).index_copy_(1, own_T, rotary_3T + virtual.count)
     packing = model.packing_of(given.tokens_T, given.positions_T, given.cu_seqlens, None, rotary_3T)
     tokens = Tokens.of(given.tokens_T, packing.borders, None, model.place)
-    hidden = looked(model, embedded(model, given.tokens_T), sights, borders[:-1], own_T)
+    hidden, reading = looked(model, embedded(model, given.tokens_T), sights, borders[:-1], packing.borders, own_T)
     if virtual is not None and longer is not None:
         hidden = virtual(hidden, longer.virtual_L)
-    for layer, own in zip(model.layers.values(), cache.layers, strict=True):
+    keys: dict[str, Pair] = {}
+    for (number, layer), own in zip(model.layers.items(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
+        hidden = read_prompts(model, number, hidden, reading, keys)
         normed = rms_norm(layer.attn_norm, hidden)
         if isinstance(layer.attn, LatentAttention):
             hidden = _latent_prompts(layer.attn, normed, hidden, packing, own, slots)
         else:
             hidden = _prompts(layer.attn, normed, hidden, packing, own, slots)
         hidden = feed_forward(layer, hidden, tokens)
+    if reading is not None:
+        for slot, stop in zip(slots, packing.borders[1:], strict=True):
+            cache.show(slot, last_picture(reading, stop, keys))
     return hidden if longer is None else longer.cut(hidden), ends_N
 
 
@@ -113,8 +119,10 @@ def step_states(model: Decoder, tokens: Sequence[int], lengths: Sequence[int], c
     routed = Tokens.of(tokens_B, range(len(after) + 1), None, model.place)
     hidden = embedded(model, tokens_B)
     turn = Turn.of(cos, sin, hidden)
-    for layer, own in zip(model.layers.values(), cache.layers, strict=True):
+    shown, ones = cache.shown(len(tokens)), [1] * len(tokens)
+    for (number, layer), own in zip(model.layers.items(), cache.layers, strict=True):
         assert isinstance(layer, Layer)
+        hidden = read_last(model, number, hidden, shown, ones)
         normed, plan = rms_norm(layer.attn_norm, hidden), plans[own.window]
         found = attended(layer.attn, normed, turn, partial(_meet_cache, own, plan))
         hidden = layer.attn.out(found, hidden)

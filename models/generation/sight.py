@@ -1,4 +1,5 @@
-"""What a prompt shows beside its tokens: pictures, whose features stand in the places of some of them.
+"""What a prompt shows beside its tokens: pictures, whose features stand in the places of some of them or are read by
+layers of their own.
 
 Legend: `F` tokens that stand for a feature; `P` patches; `X` numbers of a patch; `L` tokens of the prompt, or rows
 with virtual ones; `T` tokens of all prompts that are run together.
@@ -14,7 +15,8 @@ import torch
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.vision.eyes import Pictures, see
+from models.vision.eyes import Pictures, read, see
+from models.vision.gated import Reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,33 +83,42 @@ def looked(
     hidden_LD: torch.Tensor,
     sights: Sequence[Sight | None],
     starts: Sequence[int],
+    borders: Sequence[int],
     own_T: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Embedded prompts with features in their places, after one look at all pictures; the rest stays as it is.
+) -> tuple[torch.Tensor, Reading | None]:
+    """Embedded prompts with features in their places, after one look at all pictures; the rest stays as it is. Where
+    layers of their own read features, those beside it.
 
     Args:
         starts: where each prompt begins among the tokens of all.
+        borders: of the prompts among the rows.
         own_T: the rows of those tokens, where virtual ones stand between them.
     """
     showing = [(sight, start) for sight, start in zip(sights, starts, strict=True) if sight is not None]
     if not showing:
-        return hidden_LD
+        return hidden_LD, None
     vision = model.cfg.vision
     assert vision is not None and model.vision is not None and model.connector is not None, "a model that sees"
+    joined = _joined(showing, hidden_LD, own_T)
+    if vision.cross is not None:
+        return hidden_LD, read(hidden_LD, model.vision, model.connector, joined, vision, borders)
+    return see(hidden_LD, model.vision, model.connector, joined, vision, model.place), None
+
+
+def _joined(showing: Sequence[tuple[Sight, int]], like: torch.Tensor, own_T: torch.Tensor | None) -> _Joined:
     order, slots, first = [], [], 0
     for sight, start in showing:
         own_F = sight.pictures.order_F
         order.append(torch.where(own_F < 0, own_F, own_F + first))
         slots.append(sight.pictures.slots_F + start)
         first += sight.features
-    slots_F = torch.cat(slots).to(hidden_LD.device)
-    joined = _Joined(
-        torch.cat([sight.pictures.patches_PX for sight, _ in showing]).to(hidden_LD),
+    slots_F = torch.cat(slots).to(like.device)
+    return _Joined(
+        torch.cat([sight.pictures.patches_PX for sight, _ in showing]).to(like),
         tuple(grid for sight, _ in showing for grid in sight.pictures.grids),
         slots_F if own_T is None else own_T[slots_F],
-        torch.cat(order).to(hidden_LD.device),
+        torch.cat(order).to(like.device),
     )
-    return see(hidden_LD, model.vision, model.connector, joined, vision, model.place)
 
 
 def turned_by(

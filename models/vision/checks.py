@@ -42,10 +42,30 @@ def vision_problems(cfg: VisionConfig, width: int) -> list[Problem]:
     if cfg.tower.keep_class and (cfg.connector.block > 1 or cfg.connector.name == "resampler"):
         reason = f"is a feature at no place, and the connector {cfg.connector.name} asks where each one is"
         found.append(("vision.tower.keep_class", True, reason, "model.vision.tower.keep_class=false"))
+    found += cross_problems(cfg)
     return found + [
         (f"vision.images.{key}", value, reason, f"model.vision.images.{way}")
         for key, value, reason, way in image_problems(cfg)
     ]
+
+
+def cross_problems(cfg: VisionConfig) -> list[Problem]:
+    """Those of the layers that read features."""
+    cross = cfg.cross
+    if cross is None:
+        return []
+    found: list[Problem] = [
+        (f"vision.cross.{key}", getattr(cross, key), "must be at least 1", f"model.vision.cross.{key}=1 or more")
+        for key in ("intermediate_size", "every", "num_heads", "head_dim")
+        if getattr(cross, key) < 1
+    ]
+    if cross.norm_eps <= 0:
+        found.append(("vision.cross.norm_eps", cross.norm_eps, "must be above 0", "model.vision.cross.norm_eps=1e-5"))
+    if cfg.format != "loom":
+        reason = f"checkpoints of {cfg.format} have no layers in the decoder that read features"
+        way = "model.vision.format=loom, or model.vision.cross=null"
+        found.append(("vision.cross", "a section", reason, way))
+    return found
 
 
 def tower_problems(cfg: TowerConfig, block: int) -> list[Problem]:

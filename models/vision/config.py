@@ -253,6 +253,24 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class CrossConfig:
+    """Features do not stand among the tokens: layers before the decoder's own read them, each token those of the last
+    picture before it; what they add begins at nothing (Alayrac et al. 2022, Flamingo, section 2.2)."""
+
+    intermediate_size: int
+    """Of their feed-forward (Flamingo: 4 x model.hidden_size)."""
+    every: int = 1
+    """Every so many layers of the decoder, from the first, have one before them."""
+    num_heads: int = 8
+    head_dim: int = 64
+    norm_eps: float = 1e-5
+
+    def before(self, layers: int) -> range:
+        """The layers of a decoder of so many that have one before them."""
+        return range(0, layers, self.every)
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """Everything a model has besides its decoder to see pictures."""
 
@@ -261,6 +279,8 @@ class VisionConfig:
     tower: TowerConfig
     connector: ConnectorConfig
     images: ImageConfig
+    cross: CrossConfig | None = None
+    """Layers that read the features, one token a picture; null puts features in the places of tokens."""
 
     def problems(self, width: int) -> list[Problem]:
         """Every value that cannot work with a decoder of hidden size `width`, as (key, value, reason, way out)."""
@@ -270,7 +290,10 @@ class VisionConfig:
     def shared(self) -> list[tuple[str, int]]:
         """Sizes of which every tp rank takes an equal share."""
         cut = [key for key in ("num_heads", "intermediate_size") if hasattr(self.connector, key)]
-        return self.tower.shared + [(f"connector.{key}", getattr(self.connector, key)) for key in cut]
+        found = self.tower.shared + [(f"connector.{key}", getattr(self.connector, key)) for key in cut]
+        if self.cross is None:
+            return found
+        return found + [(f"cross.{key}", getattr(self.cross, key)) for key in ("num_heads", "intermediate_size")]
 
     @property
     def features_per_tile(self) -> int | None:

@@ -54,6 +54,23 @@ def vision_work(cfg: VisionConfig, width: int, grids: Grids, trains: Callable[[s
     return [*works, Work(*connector, trained=trains("connector."))]
 
 
+def gated_work(cfg: VisionConfig, width: int, tokens: int, grids: Grids) -> Work | None:
+    """What one of the layers that read features computes for so many tokens; None where there are none.
+
+    Each token is taken to read a tile's features: how many pictures the tiles are, and where, is not known here.
+    """
+    cross = cfg.cross
+    if cross is None:
+        return None
+    inner, tiles = cross.num_heads * cross.head_dim, len(grids)
+    features = tiles * (cfg.features_per_tile or 0)
+    if cfg.features_per_tile is None:
+        extra = int(cfg.tower.has_class and cfg.tower.keep_class) * tiles
+        features = sum(rows * cols for rows, cols in grids) // cfg.connector.block**2 + extra
+    weights = 4.0 * width * (tokens * (inner + cross.intermediate_size) + features * inner)
+    return Work(weights, 4.0 * inner * tokens * features / max(tiles, 1))
+
+
 def _tower(cfg: TowerConfig, block: int, grids: Grids, trains: Callable[[str], bool]) -> list[Work]:
     dim = cfg.hidden_size
     patches = sum(rows * cols for rows, cols in grids)

@@ -39,7 +39,12 @@ def shrunk_vision(vision: VisionConfig, decoder_heads: int) -> VisionConfig:
     if isinstance(connector, ResamplerConfig):
         changed |= {"num_heads": decoder_heads, "side": min(connector.side, 2)}
     images = _shrunk_images(vision.images, tower, small, connector.block)
-    return dataclasses.replace(vision, tower=small, connector=dataclasses.replace(connector, **changed), images=images)
+    cross = vision.cross
+    if cross is not None:
+        inner = 2 * HEAD * cross.num_heads
+        cross = dataclasses.replace(cross, head_dim=min(cross.head_dim, HEAD), intermediate_size=inner)
+    reader = dataclasses.replace(connector, **changed)
+    return dataclasses.replace(vision, tower=small, connector=reader, images=images, cross=cross)
 
 
 def _shrunk_images(images: ImageConfig, tower: TowerConfig, small: TowerConfig, block: int) -> ImageConfig:

@@ -12,7 +12,15 @@ from typing import Any
 
 from models import ModelConfig
 from models.parts import ALL, LayeredPartConfig, PartConfig, PartsConfig
-from models.vision.config import ImageConfig, MergerConfig, ProjectorConfig, QFormerConfig, TowerConfig, VisionConfig
+from models.vision.config import (
+    CrossConfig,
+    ImageConfig,
+    MergerConfig,
+    ProjectorConfig,
+    QFormerConfig,
+    TowerConfig,
+    VisionConfig,
+)
 from parallel.config import ParallelConfig
 from scripts.params import load_model
 from tests.cases import Rows
@@ -23,6 +31,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "llama_odd_vocab": ("tiny_llama", ["vocab_size=509", "num_layers=4"]),
     "llama_deep": ("tiny_llama", ["num_layers=8", "tied_embeddings=true"]),
     "llama_biases": ("tiny_llama", ["qkv_bias=true", "attention_out_bias=true", "mlp_bias=true", "num_layers=4"]),
+    "llama_spread": ("tiny_llama", ["init_std=0.06"]),
     "llama_one_kv": ("tiny_llama", ["num_kv_heads=1"]),
     "qwen2": ("tiny_qwen2", []),
     "qwen3": ("tiny_qwen3", []),
@@ -51,6 +60,13 @@ VISION = {
         TowerConfig("qwen2_5_vl", frames=2, window_size=16, full_layers=(1,), activation="silu", **_TOWER),
         MergerConfig(),
         ImageConfig("native"),
+    ),
+    "gated": VisionConfig(
+        "loom",
+        TowerConfig("siglip", image_size=8, **_TOWER),
+        ProjectorConfig("mlp"),
+        ImageConfig(),
+        CrossConfig(48, 1, 4, 8),
     ),
 }
 """What a model of the matrix sees with, by the pictures it is shown (``tests.cases.Rows``)."""
@@ -166,9 +182,12 @@ ROWS = [
     row("llama_deep_sees_native", 2, pp=2, schedule="interleaved"),
     row("llama_sees_native", 2, zero=2, micro=2),
     row("mixtral_sees_queries", 2, ep=2, zero=2, micro=2),
+    row("llama_spread_sees_gated", 2, tp=2, **SP, zero=0, recompute="full", micro=2),
+    row("llama_spread_sees_gated", 2, zero=3, micro=1),
     # parts of them trained: nothing below or nothing above what is, one layer, several rates
     row("llama_sees_tiles", 2, zero=3, parts=CONNECTOR),
     row("llama_sees_queries", 2, tp=2, **SP, zero=0, micro=2, parts=CONNECTOR),
+    row("llama_spread_sees_gated", 2, zero=3, recompute="full", parts=CONNECTOR),
     row("llama_sees_tiles", 2, zero=3, recompute="full", parts=LAST),
     row("llama_sees_tiles", 4, tp=2, **SP, pp=2, parts=LAST),
     row("llama_deep", 2, pp=2, schedule="zero_bubble", parts=LAST_LAYER),

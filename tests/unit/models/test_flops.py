@@ -17,6 +17,7 @@ from models.parts import LayeredPartConfig, PartConfig, PartsConfig, freeze
 from models.vision import tower_layers
 from models.vision.config import (
     ConnectorConfig,
+    CrossConfig,
     ImageConfig,
     MergerConfig,
     PerceiverConfig,
@@ -148,6 +149,23 @@ def test_whole_models_with_frozen_parts_equal_torch_counter(plain_products: None
         loss.backward()
     counted = step_flops(cfg, [1] * 96, 96, SQUARES, lambda name: parts.trains(name, cfg))
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_layers_that_read_features_equal_torch_counter(plain_products: None) -> None:
+    """What they add, where all tokens read a picture; attention between tokens is the same without them."""
+    counted, seen = [], []
+    for cross in (None, CrossConfig(200, 2, 4, 24)):
+        vision = VisionConfig("loom", CLIP, ProjectorConfig(), ImageConfig(), cross)
+        cfg = ModelConfig("llama", 512, 64, 176, 3, 4, 2, 16, 512, vision=vision)
+        model, tokens_T = build(cfg).to_empty(device="cpu"), torch.zeros(120, dtype=torch.int64)
+        slots_F = torch.arange(48) if cross is None else torch.tensor([0, 40, 80]).repeat_interleave(16)
+        pictures = Pictures(torch.zeros(48, 147), SQUARES, slots_F, torch.arange(48))
+        with FlopCounterMode(display=False) as counter:
+            loss, _ = model(tokens_T, tokens_T, [0, 40, 80, 120], targets_T=tokens_T, pictures=pictures)
+            loss.backward()
+        seen.append(counter.get_total_flops())
+        counted.append(step_flops(cfg, [40] * 3, 120, SQUARES))
+    assert counted[1] - counted[0] == pytest.approx(seen[1] - seen[0], rel=0.005)
 
 
 def test_no_picture_no_work_for_eyes() -> None:

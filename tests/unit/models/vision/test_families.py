@@ -20,7 +20,7 @@ from parallel.materialise import materialise
 from parallel.sharding import SINGLE
 from scripts.params import load_model
 
-TINY = ("llava", "llava_next", "internvl", "blip2", "qwen2_vl", "qwen2_5_vl", "perceiver")
+TINY = ("llava", "llava_next", "internvl", "blip2", "qwen2_vl", "qwen2_5_vl", "perceiver", "flamingo")
 QWEN2_VL_2B: dict[str, Any] = {  # as published, the decoder's keys beside the tower's
     "architectures": ["Qwen2VLForConditionalGeneration"], "attention_dropout": 0.0, "hidden_act": "silu",
     "hidden_size": 1536, "initializer_range": 0.02, "intermediate_size": 8960, "max_position_embeddings": 32768,
