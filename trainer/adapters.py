@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # it asks this file for its problems
 def problems(cfg: RunConfig) -> list[Problem]:
     """Every reason why the adapter cannot be trained on this model in this layout."""
     adapter = cfg.adapter
-    if adapter is None or cfg.model.size_problems():
+    if adapter is None or cfg.model.size_problems() or cfg.model.compares:  # of a pair `pair_rules` tells
         return []
     if isinstance(adapter, BitfitConfig):
         return list(_without_biases(cfg.model))

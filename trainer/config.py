@@ -20,7 +20,7 @@ from models.adapters.config import BitfitConfig, Ia3Config, LoraConfig
 from models.adapters.virtual_config import PrefixConfig, PromptConfig
 from models.config import ModelConfig
 from parallel.config import EngineConfig, ParallelConfig
-from trainer import adapters, chain, layouts, parts
+from trainer import adapters, chain, layouts, pair_rules, parts
 from trainer.folders import folder_problem, model_in, nearby, other_model, tokenizer_problem
 from trainer.layout_rules import Layout, broken
 from trainer.logging.config import LogConfig
@@ -141,6 +141,7 @@ def check(cfg: RunConfig, world_size: int, machine: Machine | None = None) -> li
     crossing += (
         adapters.problems(cfg)
         + parts.problems(cfg)
+        + pair_rules.problems(cfg)
         + rl_checks.problems(cfg, world_size)
         + chain.problems(chain.link_of(cfg))
     )

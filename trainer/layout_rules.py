@@ -102,6 +102,9 @@ def _stages(layout: Layout, world: int) -> Iterator[Fault]:
     stages = parallel.pp * parallel.stages_per_rank
     if parallel.pp == 1:
         return
+    if layout.model.compares:
+        yield Fault("parallel.pp", parallel.pp, "makes stages of a decoder, and the model is a pair of encoders")
+        return
     if layout.model.vision is not None and layout.model.vision.cross is not None:
         reason = "keeps features on the first stage, and layers of all stages would read them (model.vision.cross)"
         yield Fault("parallel.pp", parallel.pp, reason)

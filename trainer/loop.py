@@ -39,7 +39,7 @@ class Trainer:
 
     ``flops`` gives the model FLOPs of one micro-batch; ``save`` writes a checkpoint of the given progress. ``prepare``
     adds what a stage needs to know of micro-batches (a reference's log-probabilities), all of a step's together; it is
-    given the rows of the step as well, None for those that are held out.
+    given the rows of the step as well, None for those that are held out. The stage's forward takes what it gives.
     """
 
     cfg: RunConfig
@@ -52,7 +52,7 @@ class Trainer:
     flops: Callable[[MicroBatch], float]
     save: Callable[[Progress], None]
     total_steps: int
-    prepare: Callable[[list[MicroBatch], Sequence[Row] | None], list[MicroBatch]] = lambda batches, rows: batches
+    prepare: Callable[[list[MicroBatch], Sequence[Row] | None], list[Any]] = lambda batches, rows: batches
 
     def run(self, progress: Progress) -> None:
         """Train from ``progress`` to the last step; evaluates and saves at the end whatever the intervals say."""

@@ -20,7 +20,7 @@ def picture_config(model: ModelConfig) -> PictureConfig | None:
         patch=tower.patch_size,
         frames=tower.frames,
         block=vision.connector.block,
-        per_tile=vision.features_per_tile,
+        per_tile=0 if model.compares else vision.features_per_tile,
         extra=int(tower.has_class and tower.keep_class),
         mean=images.mean,
         std=images.std,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from parallel.frozen import Frozen
 from parallel.groups import Groups
 from trainer import adapters, folders
 from trainer.build import make_frozen
+from trainer.comparing import Comparing
 from trainer.config import RunConfig, reference_model
 from trainer.context import local_part
 from trainer.itself import frozen_start, itself, start_in_words
@@ -34,6 +36,7 @@ from trainer.logging.log import Log
 from trainer.loop import on_device
 from trainer.preparation import Preparation, Scorer, reference_forward
 from trainer.stages import DpoConfig, Stage
+from trainer.stages.clip import Clip
 from trainer.stages.dpo import Dpo
 from trainer.stages.kto import Kto
 
@@ -78,7 +81,7 @@ def find_reference(cfg: RunConfig, groups: Groups, data: TrainingData, log: Log)
 
 def preparation(
     cfg: RunConfig, groups: Groups, stage: Stage, engine: Engine, reference: Scorer | None, data: TrainingData
-) -> Callable[[list[MicroBatch], Sequence[Row] | None], list[MicroBatch]]:
+) -> Callable[[list[MicroBatch], Sequence[Row] | None], list[Any]]:
     """What adds to the micro-batches of a step what the stage reads of them; nothing for most stages."""
 
     def others(rows: Sequence[Row] | None) -> list[MicroBatch]:
@@ -91,6 +94,8 @@ def preparation(
             reference = itself(cfg, engine)
             folders.forget()
         return Preparation(stage, groups, engine, reference, others)
+    if isinstance(stage, Clip):
+        return Comparing(stage, groups, engine)
     return lambda batches, rows: batches
 
 

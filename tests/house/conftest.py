@@ -77,7 +77,7 @@ RUNS = {"arithmetic_sft": "LlamaForCausalLM", "arithmetic_reward": "LlamaForSequ
 """Runs that others start from; exports stand in for them."""
 WORLD_FILES = (
     *(f"arithmetic/{name}" for name in ("cold_start", "prompts", "pairs", "held_out", "held_out_pairs")),
-    *(f"digits/{name}" for name in ("train", "held_out", "blind", "blind_held_out")),
+    *(f"digits/{name}" for name in ("train", "held_out", "blind", "blind_held_out", "captions", "captions_held_out")),
     *(f"preferences/{name}" for name in ("spelling", "sorting", "fractions", "sums", "held_out")),
 )
 """What scripts/prepare_arithmetic.py, prepare_preferences.py and prepare_digits.py make."""

@@ -16,6 +16,7 @@ from trainer.door import load, preflight, strip_launcher_args
 
 START = ("data.sources=[{path: chats.jsonl}]", "data.tokenizer=assets/smollm2-135m-instruct", "run.steps=100")
 SMOL = "init_from=assets/smollm2-135m-instruct"
+PAIRS = "model=tiny_clip stage=clip data.seq_len=64"
 CPU = Machine(gpu=False, flash_attn=False)
 Compose = Callable[..., DictConfig]
 
@@ -119,6 +120,15 @@ REFUSALS = [
     ("data.chat_template=none.jinja", ["data.chat_template"]),
     ("run.resume=atuo", ["run.resume=auto"]),
     ("run.resume=runs/x/checkpoints/step_0000010", ["no such checkpoint folder"]),
+    # pictures that are compared with captions
+    ("stage=clip", ["stage.name = clip", "model.family=llama does not", "model=tiny_clip"]),
+    ("model=tiny_clip", ["model.family = clip", "stage.name=sft needs a decoder", "stage=clip"]),
+    (f"{PAIRS} data.global_batch_rows=1 data.micro_batch_rows=1", ["no other to be told from", "rows=64"]),
+    (f"{PAIRS} parallel=tp2", ["parallel.sequence_parallel = true", "parallel.sequence_parallel=false"]),
+    (f"{PAIRS} parallel=pp2", ["makes stages of a decoder", "try: parallel.pp=1"]),
+    (f"{PAIRS} parallel=cp2", ["parallel.cp = 2", "try: parallel.cp=1"]),
+    (f"{PAIRS} adapter=lora", ["adapter.name = lora", "pair of encoders", "adapter=none"]),
+    (f"{PAIRS} stage.loss=sigmoid stage.label_smoothing=0.1", ["yes or no", "stage.label_smoothing=0"]),
     # adapters
     ("adapter=loraa", ["conf/adapter has no such option", "adapter=lora"]),
     ("adapter=lora adapter.targets=[qproj]", ["adapter.targets[0] = qproj", "did you mean q_proj?"]),

@@ -156,5 +156,8 @@ def eval_line(step: int, total_steps: int, metrics: Mapping[str, float], width: 
         head.append(f"loss {_loss(metrics['eval/loss'])}")
     if "eval/perplexity" in metrics:
         head.append(f"ppl {metrics['eval/perplexity']:.4g}")
+    for found in ("caption@1", "picture@1"):
+        if f"eval/{found}" in metrics:
+            head.append(f"{found} {metrics[f'eval/{found}']:.1%}")
     channels = _of_channels(metrics, "eval/", shown)
     return _assemble(head, channels, [], width)

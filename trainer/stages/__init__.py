@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parallel.sharding import ALONE, Axis
 from trainer.stages.base import Stage
+from trainer.stages.clip import Clip, ClipConfig
 from trainer.stages.dpo import Dpo, DpoConfig
 from trainer.stages.grpo import GrpoConfig
 from trainer.stages.kto import Kto
@@ -13,6 +14,7 @@ from trainer.stages.ppo import PpoConfig
 from trainer.stages.reward import Reward, RewardConfig
 
 __all__ = [
+    "ClipConfig",
     "DpoConfig",
     "GrpoConfig",
     "NextTokenConfig",
@@ -24,7 +26,7 @@ __all__ = [
     "build_stage",
 ]
 
-StageConfig = NextTokenConfig | RewardConfig | DpoConfig | PpoConfig | GrpoConfig
+StageConfig = NextTokenConfig | RewardConfig | DpoConfig | PpoConfig | GrpoConfig | ClipConfig
 """The stage section: one of these, by its name."""
 
 
@@ -37,6 +39,8 @@ def build_stage(cfg: StageConfig, num_channels: int, cp: Axis = ALONE) -> Stage:
     """
     if isinstance(cfg, RewardConfig):
         return Reward(cfg, num_channels, cp)
+    if isinstance(cfg, ClipConfig):
+        return Clip(cfg, num_channels)
     if isinstance(cfg, DpoConfig):
         return (Kto if cfg.loss == "kto" else Dpo)(cfg, num_channels, cp)
     return NextToken(num_channels)

@@ -76,15 +76,11 @@ class Clip:
 
     def __init__(self, cfg: ClipConfig, num_channels: int):
         self.cfg, self.num_channels = cfg, num_channels
-
-    @property
-    def contract(self) -> str:
-        """What the loss is."""
         loss = {
             "infonce": "-log p(its text | all texts) / 2 - log p(its picture | all pictures) / 2",
             "sigmoid": "-log sigmoid(+-similarity) to its own text and to each other one",
-        }[self.cfg.loss]
-        return (
+        }[cfg.loss]
+        self.contract = (
             f"loss = sum over pairs of {loss} / number of pairs,\n"
             "       compared with and counted over the whole global batch: all ranks, all micro-batches. What is held\n"
             "       out is compared with all of it; a caption of several pictures is right for each of them."

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from data.batch import MicroBatch, Row
 from parallel.engine import Engine
 from parallel.groups import Groups
 from parallel.materialise import TensorSource
 from trainer.build import make_frozen
+from trainer.comparing import Comparing
 from trainer.config import RunConfig
 from trainer.context import local_part
 from trainer.loop import on_device
 from trainer.preparation import Preparation
 from trainer.stages import DpoConfig, PolicyConfig, Stage, build_stage
+from trainer.stages.clip import Clip
 from trainer.stages.dpo import Dpo
 from trainer.stages.kto import Kto
 from trainer.stages.policy import Policy
@@ -30,9 +33,11 @@ def stage_of(cfg: RunConfig, groups: Groups) -> Stage:
 
 def preparation(
     cfg: RunConfig, groups: Groups, stage: Stage, engine: Engine, rows: MadeUpRows, reference: TensorSource
-) -> Callable[[list[MicroBatch], Sequence[Row] | None], list[MicroBatch]]:
+) -> Callable[[list[MicroBatch], Sequence[Row] | None], list[Any]]:
     """What the step loop does to micro-batches before a step; the reference, where there is one, has weights of its
     own."""
+    if isinstance(stage, Clip):
+        return Comparing(stage, groups, engine)
     if not isinstance(stage, Dpo | Kto):
         return lambda batches, step: batches
     assert isinstance(cfg.stage, DpoConfig)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from data.batch import MicroBatch
+from models import Decoder, build
 from models.config import ModelConfig
-from models.decoder import Decoder, build
 from models.init import InitSource
 from models.routing import RouterBook
 from parallel.context import token_ranges
@@ -187,7 +187,6 @@ class _Watch:
         self.at = torch.arange(0)
         self._handles = []
         for chunk in chunks:
-            assert isinstance(chunk, Decoder)
             counter = {"calls": 0}
             begin = functools.partial(self._begin, counter)
             self._handles.append(chunk.register_forward_pre_hook(begin, with_kwargs=True))
@@ -234,8 +233,10 @@ class _Watch:
         self.found.rows.append(Rows(name, self.batch, self.at[first : first + here], values[:here]))
 
 
-def _watched(chunk: Decoder) -> dict[str, nn.Module]:
-    """The modules whose outputs are compared, by name, in the order they run."""
+def _watched(chunk: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose outputs are compared, by name, in the order they run; of a pair of encoders none."""
+    if not isinstance(chunk, Decoder):
+        return {}
     found: dict[str, nn.Module | None] = {"embed": chunk.embed}
     for index, layer in chunk.layers.items():
         found[f"layers.{index}.attn"] = layer.get_submodule("attn")

@@ -1,6 +1,7 @@
 """Made-up training rows that a layout cannot treat evenly: documents of 1 token to a whole row, few targets in some,
 channels that most rows do not have. For preferences pairs or judged answers, for a policy samples with advantages. A
-model that sees is shown pictures of noise, none in most documents, several tiles in others."""
+model that sees is shown pictures of noise, none in most documents, several tiles in others; one that compares them with
+texts one for each, and some texts come twice."""
 
 from __future__ import annotations
 
@@ -78,11 +79,17 @@ class MadeUpRows:
         random = np.random.default_rng([11, number])
         found = self._row(number, random)
         seen = self.pictures
-        return found if seen is None else [_shown(doc, seen, random) if number % 3 else doc for doc in found]
+        if seen is None:
+            return found
+        return [_shown(doc, seen, random) if number % 3 or seen.placeless else doc for doc in found]
 
     def _row(self, number: int, random: np.random.Generator) -> list[Document]:
         if self.stage.learns_from == "preference":
             return self._pairs(number, random)
+        if self.stage.learns_from == "captions":
+            random = np.random.default_rng([11, number, 1]) if number % 5 < 4 else np.random.default_rng([11, 0, 1])
+            tokens = random.integers(0, self.vocab, size=random.integers(2, self.cfg.seq_len + 1))
+            return [Document(tokens, np.ones(len(tokens), dtype=bool), self._channel(number))]
         if isinstance(self.stage, NextTokenConfig):
             return [
                 Document(random.integers(0, self.vocab, size=n), self._learns(n, random), self._channel(number))

@@ -130,7 +130,7 @@ def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, s
     mla = _latent(model.mla) if model.mla else None
     head_dim = mla.nope_dim + mla.rope_dim if mla else min(model.head_dim, 8)
     hidden = min(model.hidden_size, _up(HIDDEN, heads))
-    if model.rope.sections:  # families that turn by row and column have no heads of another size than their share
+    if model.rope.sections or model.compares:  # families that have no heads of another size than their share
         hidden = heads * head_dim
     feed_forward = min(model.intermediate_size, _up(FEED_FORWARD, tp))
     moe = _experts(model.moe, model.intermediate_size, feed_forward, parallel, dense) if model.moe else None

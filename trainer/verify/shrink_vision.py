@@ -5,10 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from models.vision.config import ImageConfig, PerceiverConfig, QFormerConfig, ResamplerConfig, TowerConfig, VisionConfig
+from models.vision.config import (
+    ImageConfig,
+    PerceiverConfig,
+    PooledConfig,
+    QFormerConfig,
+    ResamplerConfig,
+    TowerConfig,
+    VisionConfig,
+)
 
 LAYERS, HEAD = 2, 8
 PATCH, QUERIES = 4, 3
+WIDTH = 16
+"""Of the space where pictures and texts are compared."""
 
 
 def shrunk_vision(vision: VisionConfig, decoder_heads: int) -> VisionConfig:
@@ -36,6 +46,8 @@ def shrunk_vision(vision: VisionConfig, decoder_heads: int) -> VisionConfig:
     if isinstance(connector, QFormerConfig):
         width = min(connector.hidden_size, HEAD * connector.num_heads)
         changed |= {"hidden_size": width, "intermediate_size": 2 * width}
+    if isinstance(connector, PooledConfig):
+        changed["width"] = hidden if connector.width == tower.hidden_size else min(connector.width, WIDTH)
     if isinstance(connector, ResamplerConfig):
         changed |= {"num_heads": decoder_heads, "side": min(connector.side, 2)}
     images = _shrunk_images(vision.images, tower, small, connector.block)
