@@ -46,7 +46,7 @@ class DataConfig:
     eval_fraction: float = 0.0
     """Share of each channel held out for evaluation, chosen by the sample's content, so it survives reordering."""
     tokenizer: str | None = None
-    """Folder of the tokenizer; None = the folder of `init_from`."""
+    """Folder of the tokenizer; None = the one in `init_from` or `init_parts.decoder`."""
     chat_template: str | None = None
     """Path of a jinja chat template that replaces the tokenizer's own."""
     seq_len: int

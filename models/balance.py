@@ -36,10 +36,17 @@ class Costs:
 
     layers: tuple[float, ...]
     head: float = 0.0
+    eyes: float = 0.0
+    """Of tower and connector, before the first layer. With them a first stage may have no layer."""
 
     def stage(self, first: int, stop: int) -> float:
-        """Of the layers [first, stop), and the head if they are the last."""
+        """Of the layers [first, stop), with the head if they are the last; of the first stage without the eyes."""
         return sum(self.layers[first:stop]) + (self.head if stop == len(self.layers) else 0.0)
+
+    @property
+    def least(self) -> int:
+        """Layers of the first stage, at least."""
+        return 0 if self.eyes else 1
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,13 @@ def costs_of(cfg: ModelConfig, row_length: int, trained: Trained | None = None) 
     head = up_to(0, [row_length])
     eyes = _eyes(cfg, row_length, trained is None or trained.vision)  # they stand before the first layer
     if trained is None:
-        return Costs((times[0] + eyes, *times[1:]), head)
+        return Costs(tuple(times), head, eyes)
     passed, layers = trained.embedding, []
     for all_of_it, linear, learns in zip(times, products, trained.layers, strict=True):
         backward = 2 / 3 * all_of_it - (0.0 if learns else 1 / 3 * linear)
         layers.append(1 / 3 * all_of_it + (backward if passed or learns else 0.0))
         passed = passed or learns
-    layers[0] += eyes
-    return Costs(tuple(layers), head * (1.0 if trained.head else 2 / 3 if passed else 1 / 3))
+    return Costs(tuple(layers), head * (1.0 if trained.head else 2 / 3 if passed else 1 / 3), eyes)
 
 
 def _eyes(cfg: ModelConfig, row_length: int, trained: bool) -> float:
@@ -91,7 +97,8 @@ def _eyes(cfg: ModelConfig, row_length: int, trained: bool) -> float:
 
 
 def split_layers(costs: Costs, stages: int) -> tuple[int, ...]:
-    """Layers of each stage, at least one each: the heaviest stage is as light as can be; of equals a more even cut."""
+    """Layers of each stage, at least one each (of a first one with eyes none): the heaviest stage is as light as it can
+    be; of equals a more even cut."""
     layers = len(costs.layers)
     assert stages <= layers, f"{layers} layers do not fill {stages} stages"
     before = _starting_sums(costs)
@@ -100,9 +107,10 @@ def split_layers(costs: Costs, stages: int) -> tuple[int, ...]:
     for stage in range(stages):
         found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
         last = layers if stage == stages - 1 else None
+        least = 1 if stage else costs.least
         for first, (top, squares, cuts) in best.items():
-            for stop in range(last or first + 1, layers - (stages - stage - 1) + 1):
-                cost = before[stop] - before[first]
+            for stop in range(last or first + least, layers - (stages - stage - 1) + 1):
+                cost = before[stop] - (before[first] if stage else 0.0)
                 option = (max(top, cost), squares + cost * cost, (*cuts, stop - first))
                 found[stop] = min(found.get(stop, option), option)
         best = found
@@ -111,19 +119,21 @@ def split_layers(costs: Costs, stages: int) -> tuple[int, ...]:
 
 def split_v(costs: Costs, ranks: int) -> tuple[int, ...]:
     """Layers of each of 2 x `ranks` stages, rank r holding stages r and 2 `ranks` - 1 - r: the heaviest rank is as
-    light as it can be; of equals a more even cut."""
+    light as it can be; of equals a more even cut. A first stage with eyes may have no layer."""
     layers = len(costs.layers)
     assert 2 * ranks <= layers, f"{layers} layers do not fill {2 * ranks} stages"
     before = _starting_sums(costs)
-    bound = _heaviest_of_some_v(before, ranks) * (1 + 1e-9)
+    bound = _heaviest_of_some_v(before, ranks, costs.least) * (1 + 1e-9)
     # From the outside in: best[first, stop] of what is left to cut = heaviest rank and sum of squares outside.
     best, steps = {(0, layers): (0.0, 0.0)}, []
     for inner in range(2 * (ranks - 1), -1, -2):
+        outer = inner == 2 * (ranks - 1)
+        least = costs.least if outer else 1
         found: dict[tuple[int, int], tuple[float, float]] = {}
         came: dict[tuple[int, int], tuple[int, int]] = {}
         for (first, stop), (top, squares) in best.items():
-            for a in range(first + 1, stop - inner):
-                front = before[a] - before[first]
+            for a in range(first + least, stop - inner):
+                front = before[a] - (0.0 if outer else before[first])
                 if front > bound:
                     break
                 # What is left must fit the inner ranks; at least a layer each, and nothing if there are none.
@@ -147,29 +157,30 @@ def split_v(costs: Costs, ranks: int) -> tuple[int, ...]:
 
 
 def _starting_sums(costs: Costs) -> list[float]:
-    """Cost of everything before each border; the head belongs to the last layer."""
-    sums = [0.0, *accumulate(costs.layers)]
+    """Cost of everything before each border, the eyes in all of them; the head belongs to the last layer."""
+    sums = [*accumulate(costs.layers, initial=costs.eyes)]
     sums[-1] += costs.head
     return sums
 
 
-def _heaviest_of_some_v(before: list[float], ranks: int) -> float:
+def _heaviest_of_some_v(before: list[float], ranks: int, least: int) -> float:
     """The heaviest rank of a good cut, so that the search for the best one leaves out whatever is heavier."""
     low, high = before[-1] / ranks * (1 - 1e-6), before[-1]  # no cut is heavier than everything
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if _fits_v(before, ranks, middle) else (middle, high)
+        low, high = (low, middle) if _fits_v(before, ranks, middle, least) else (middle, high)
     return high
 
 
-def _fits_v(before: list[float], ranks: int, bound: float) -> bool:
+def _fits_v(before: list[float], ranks: int, bound: float, least: int) -> bool:
     """Whether taking as much as fits from the back, for every share of the front, finds a cut within `bound`."""
     left = {0: len(before) - 1}  # first layer left -> the end of what is left
     for inner in range(2 * (ranks - 1), -1, -2):
         found: dict[int, int] = {}
+        outer = inner == 2 * (ranks - 1)
         for first, stop in left.items():
-            for a in range(first + 1, stop - inner):
-                front = before[a] - before[first]
+            for a in range(first + (least if outer else 1), stop - inner):
+                front = before[a] - (0.0 if outer else before[first])
                 if front > bound:
                     break
                 b = max(bisect_left(before, before[stop] - (bound - front)), a + inner)

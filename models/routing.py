@@ -160,11 +160,12 @@ class RouterBook:
         return RouterReport(reports)
 
     def _follow(self, layer: int, router: Router, load_E: torch.Tensor) -> None:
-        """Move the correction bias one step towards an even load (Wang et al. 2024) and keep the load."""
+        """Move the correction bias one step towards an even load (Wang et al. 2024), but for a frozen router, and
+        keep the load."""
         mean = load_E.mean()
         if mean > 0:
             self._load_E[layer] = (load_E / mean).float().cpu()
-        if router.bias is not None and router.moe.bias_rate:
+        if router.bias is not None and router.moe.bias_rate and router.weight.requires_grad:
             router.bias += router.moe.bias_rate * torch.sign(mean - load_E).float()
 
     def state(self) -> dict[str, Any]:

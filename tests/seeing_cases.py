@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from data.pictures.positions import rotary_positions
 from data.pictures.types import Pictures
 from parallel.sharding import SINGLE, Place
 from scripts.params import load_model
+from tests.cases import run_config
 from tests.tp_cases import here, model_of
 
 GRIDS = ((4, 8), (6, 2))
@@ -45,3 +47,13 @@ def turned(place: Place = SINGLE, recompute: Any = "none", flat: bool = False) -
 
 def turned_in_pool(sequence_parallel: bool) -> torch.Tensor:
     return turned(here(sequence_parallel), "full")
+
+
+def run_in(folder: str, words: list[str]) -> None:
+    """``train.py`` with these command-line words, started in a folder."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        run_config(words)
+    finally:
+        os.chdir(before)

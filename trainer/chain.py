@@ -62,8 +62,9 @@ def link_of(cfg: RunConfig) -> Link:
     asked["init_parts.decoder"] = cfg.init_parts.decoder
     parents = {key: path for key, path in asked.items() if path is not None and _usable(path)}
     tokenizer, template = cfg.data.tokenizer, cfg.data.chat_template
-    if START in parents and tokenizer is None:
-        tokenizer, template = folders.tokenizer_in(parents[START]), template or folders.template_in(parents[START])
+    first = parents.get(START, parents.get("init_parts.decoder"))
+    if first is not None and tokenizer is None:
+        tokenizer, template = folders.tokenizer_in(first), template or folders.template_in(first)
     whole = tokenizer is not None and folders.tokenizer_problem(tokenizer, None) is None
     whole = whole and Path(tokenizer or "").is_dir() and (template is None or Path(template).is_file())
     return Link(stage.name, cfg.model, tokenizer if whole else None, template, parents)

@@ -288,7 +288,9 @@ def _start(cfg: RunConfig, world_size: int) -> list[Problem]:
 
 
 def _tokenizer(cfg: RunConfig, world_size: int) -> list[Problem]:
-    return [p for p in (tokenizer_problem(cfg.data.tokenizer, cfg.init_from),) if p]
+    key = "init_parts.decoder" if cfg.init_from is None and cfg.init_parts.decoder is not None else "init_from"
+    start = cfg.init_from or cfg.init_parts.decoder
+    return [p for p in (tokenizer_problem(cfg.data.tokenizer, start, key),) if p]
 
 
 def _resume(cfg: RunConfig, world_size: int) -> list[Problem]:

@@ -135,19 +135,19 @@ def other_model(init_from: str, model: ModelConfig) -> Problem | None:
     return Problem("init_from", init_from, f"{what}: {pairs}", way)
 
 
-def tokenizer_problem(tokenizer: str | None, init_from: str | None) -> Problem | None:
+def tokenizer_problem(tokenizer: str | None, start: str | None, start_key: str = "init_from") -> Problem | None:
     """No tokenizer to be found; a folder that is missing is told by the section, or by ``folder_problem``."""
     way = "data.tokenizer=FOLDER with a tokenizer.json"
     key, path = "data.tokenizer", tokenizer
-    if tokenizer is None and init_from is None:
-        reason = "no tokenizer is named, and without init_from there is no folder to take it from"
+    if tokenizer is None and start is None:
+        reason = "no tokenizer is named, and without init_from or init_parts.decoder there is no folder to take it from"
         return Problem(key, None, reason, way)
-    if tokenizer is None and init_from is not None:
-        if folder_problem(init_from):
+    if tokenizer is None and start is not None:
+        if folder_problem(start):
             return None
-        key, path = "init_from", tokenizer_in(init_from)
+        key, path = start_key, tokenizer_in(start)
         if path is None:
-            return Problem(key, init_from, "no tokenizer is kept with this checkpoint, or it is gone", way)
+            return Problem(key, start, "no tokenizer is kept with this checkpoint, or it is gone", way)
     folder = Path(path or "")
     if not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None

@@ -114,14 +114,16 @@ def _train_in(run_dir: Path, cfg: RunConfig, groups: Groups, started: float) -> 
 
 def _with_tokenizer(cfg: RunConfig) -> RunConfig:
     """The run with the tokenizer of what it starts from, where none is named; from another run also with its template.
+    What is put together from parts has its decoder's.
 
     Settled before the start: what the run starts from may be gone when it is saved.
     """
-    if cfg.init_from is None or cfg.data.tokenizer:
+    start = cfg.init_from or cfg.init_parts.decoder
+    if start is None or cfg.data.tokenizer:
         return cfg
-    found: dict[str, str | None] = {"tokenizer": folders.tokenizer_in(cfg.init_from)}
+    found: dict[str, str | None] = {"tokenizer": folders.tokenizer_in(start)}
     if cfg.data.chat_template is None and cfg.stage.name != "pretrain":
-        found["chat_template"] = folders.template_in(cfg.init_from)
+        found["chat_template"] = folders.template_in(start)
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **found))
 
 

@@ -75,6 +75,14 @@ MIXTRAL = {
 CHANNELS = ("code", "maths", "dialogue", "reference")
 RUNS = {"arithmetic_sft": "LlamaForCausalLM", "arithmetic_reward": "LlamaForSequenceClassification"}
 """Runs that others start from; exports stand in for them."""
+SEEING_RUNS = {
+    "digits": "digits",
+    "llava_connector": "digits",
+    "qwen_vl_align": "digits_resampler",
+    "qwen_vl_multitask": "digits_resampler",
+    "internvl_warmup": "digits_tiles",
+}
+"""And those that see, with their models."""
 WORLD_FILES = (
     *(f"arithmetic/{name}" for name in ("cold_start", "prompts", "pairs", "held_out", "held_out_pairs")),
     *(f"digits/{name}" for name in ("train", "held_out", "blind", "blind_held_out", "captions", "captions_held_out")),
@@ -83,9 +91,9 @@ WORLD_FILES = (
 """What scripts/prepare_arithmetic.py, prepare_preferences.py and prepare_digits.py make."""
 
 
-def make_digits(folder: Path) -> None:
-    """An export of a run of conf/run/digits.yaml, whose names and shapes are looked at; its numbers are zeros."""
-    cfg = load_model("digits", [])
+def make_digits(folder: Path, model: str = "digits") -> None:
+    """An export of a run of a model of digits, whose names and shapes are looked at; its numbers are zeros."""
+    cfg = load_model(model, [])
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(family_of(cfg).to_hf_config(cfg)))
     (folder / "tokenizer.json").write_text("{}")
@@ -113,7 +121,8 @@ def make_world(folder: Path) -> Path:
         (folder / "runs" / run / "config.json").write_text(json.dumps(ARITHMETIC | {"architectures": [architecture]}))
         (folder / "runs" / run / "model.safetensors").write_bytes(b"")
         (folder / "runs" / run / "tokenizer.json").write_text("{}")
-    make_digits(folder / "runs" / "digits")
+    for run, sees in SEEING_RUNS.items():
+        make_digits(folder / "runs" / run, sees)
     for file in WORLD_FILES:
         (folder / "assets" / f"{file}.jsonl").write_text(row + "\n")
     (folder / "chats.jsonl").write_text(row + "\n")

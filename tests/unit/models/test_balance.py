@@ -18,14 +18,16 @@ from tests.cases import TINY
 from tests.integration.matrix.rows import model_of
 
 
-def every_cut(layers: int, stages: int) -> list[tuple[int, ...]]:
-    borders = itertools.combinations(range(1, layers), stages - 1)
+def every_cut(layers: int, stages: int, least: int = 1) -> list[tuple[int, ...]]:
+    """Cuts with `least` layers in the first stage."""
+    borders = itertools.combinations(range(least, layers), stages - 1)
     return [tuple(b - a for a, b in itertools.pairwise((0, *inner, layers))) for inner in borders]
 
 
 def stage_costs(costs: Costs, cut: tuple[int, ...]) -> list[float]:
     edges = [0, *itertools.accumulate(cut)]
-    return [costs.stage(a, b) for a, b in itertools.pairwise(edges)]
+    first, *others = (costs.stage(a, b) for a, b in itertools.pairwise(edges))
+    return [costs.eyes + first, *others]
 
 
 def rank_costs(costs: Costs, cut: tuple[int, ...]) -> list[float]:
@@ -48,6 +50,24 @@ def test_the_heaviest_is_the_lightest_of_all_cuts(seed: int) -> None:
     got = split_v(costs, ranks)
     assert sum(got) == layers and min(got) > 0 and len(got) == 2 * ranks
     assert max(rank_costs(costs, got)) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_eyes_as_heavy_as_a_stage_leave_it_no_layer(seed: int) -> None:
+    """The lightest of all cuts, the first stage with layers or without."""
+    random = np.random.default_rng(100 + seed)
+    layers = int(random.integers(4, 10))
+    costs = Costs(tuple(random.random(layers)), float(random.random() * 2), float(random.random() * 4))
+    stages, ranks = int(random.integers(2, layers + 1)), int(random.integers(1, layers // 2 + 1))
+    for got, weigh, count in (
+        (split_layers(costs, stages), stage_costs, stages),
+        (split_v(costs, ranks), rank_costs, 2 * ranks),
+    ):
+        best = min(max(weigh(costs, cut)) for cut in every_cut(layers, count, 0))
+        assert sum(got) == layers and min(got[1:]) > 0 and len(got) == count
+        assert max(weigh(costs, got)) == pytest.approx(best, rel=1e-12)
+    assert split_layers(Costs((1.0,) * 6, 0.0, 3.0), 3) == (0, 3, 3) == split_layers(Costs((1.0,) * 6, 0.0, 9.0), 3)
+    assert split_layers(Costs((1.0,) * 5, 0.0, 1.0), 3) == (1, 2, 2)
 
 
 def test_equal_layers_are_cut_evenly_and_a_heavy_head_takes_layers_away() -> None:
@@ -108,13 +128,17 @@ def test_a_tower_stands_before_the_first_layer_and_a_frozen_one_weighs_less() ->
     beside = ELEMENT_WISE * 32 * patches
     everything, plain = costs_of(sees, 64), costs_of(blind, 64)
     frozen = costs_of(sees, 64, Trained((True,) * 8, vision=False))
-    assert everything.layers[0] - plain.layers[0] == pytest.approx(6 * weights * patches + beside)
-    assert frozen.layers[0] - plain.layers[0] == pytest.approx(2 * weights * patches + beside)
-    assert everything.layers[1:] == plain.layers[1:]
+    assert everything.eyes == pytest.approx(6 * weights * patches + beside) and plain.eyes == 0
+    assert frozen.eyes == pytest.approx(2 * weights * patches + beside)
+    assert everything.layers == plain.layers
     assert sees.vision is not None
     deep = dataclasses.replace(sees.vision, tower=dataclasses.replace(sees.vision.tower, num_layers=48))
     heavy = costs_of(dataclasses.replace(sees, vision=deep), 64)
     assert split_layers(heavy, 2)[0] < split_layers(plain, 2)[0]
+    deeper = dataclasses.replace(deep, tower=dataclasses.replace(deep.tower, num_layers=1000))
+    cfg = dataclasses.replace(sees, vision=deeper)
+    chunks = [c for rank in range(2) for c in chunks_of(cfg, ParallelConfig(pp=2), rank)]
+    assert [(c.first, c.stop, c.embeds, c.heads) for c in chunks] == [(0, 0, True, False), (0, 8, False, True)]
 
 
 @pytest.mark.parametrize(("schedule", "vpp"), [("1f1b", 1), ("interleaved", 2), ("zbv", 2)])

@@ -102,6 +102,27 @@ def test_biases_move_against_the_load() -> None:
             assert set(moved.abs().mul(100).round().tolist()) <= {0.0, 1.0} and moved.abs().max() > 0
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_router_that_is_not_trained_keeps_its_bias(trained: bool) -> None:
+    """A frozen decoder behind a connector that is trained: its backward runs, its loads are told."""
+    model = build(config(DEEPSEEK))
+    materialise(model, InitSource(model.cfg, 3), WHOLE, torch.device("cpu"))
+    assert model.embed is not None
+    if not trained:
+        model.requires_grad_(False)
+        model.embed.weight.requires_grad_(True)
+    book = RouterBook([model], 2)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    book.begin(1.0)
+    for batch in micro_batches(SINGLE):
+        model(**batch)[0].backward()
+    report = book.finish(lambda x: x)
+    assert report.layers[1].load_CE.sum() > 0
+    for name, buffer in model.named_buffers():
+        if name.endswith("router.bias"):
+            assert torch.equal(buffer, before[name]) != trained, name
+
+
 def test_state_survives_json_and_other_stages() -> None:
     """What is restored weighs in the next step's gradient like what was there."""
     model = build(config(MIXTRAL))

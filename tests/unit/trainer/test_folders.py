@@ -125,4 +125,8 @@ def test_a_checkpoint_whose_tokenizer_is_gone_asks_for_one(tmp_path: Path) -> No
     write_run(tmp_path, VARIANTS["llama"], tokenizer=str(tmp_path / "gone"))
     problem = folders.tokenizer_problem(None, str(tmp_path))
     assert problem is not None and problem.key == "init_from" and "data.tokenizer=FOLDER" in problem.way_out
+    problem = folders.tokenizer_problem(None, str(tmp_path), "init_parts.decoder")
+    assert problem is not None and problem.key == "init_parts.decoder"
+    problem = folders.tokenizer_problem(None, None)
+    assert problem is not None and "without init_from or init_parts.decoder" in problem.reason
     assert folders.tokenizer_problem(str(tmp_path / "gone"), str(tmp_path)) is None, "the data section tells that"
