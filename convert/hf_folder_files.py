@@ -98,11 +98,12 @@ def write_config(folder: str | Path, cfg: ModelConfig, dtype: torch.dtype, origi
             config["num_nextn_predict_layers"] = 0  # the layers for multi-token prediction are not exported
     else:
         own = family_of(cfg).to_hf_config(with_picture_token(folder, cfg))
-        config = own | special | picture_ids(folder, cfg) | {"torch_dtype": name, "use_cache": True}
+        told = text_ids(cfg, own, special) if cfg.compares else special | {"use_cache": True}
+        config = own | told | picture_ids(folder, cfg) | {"torch_dtype": name}
     write_json(folder / CONFIG, config)
     if cfg.vision is not None:
         _write_preprocessor(folder, cfg)
-    if not (folder / GENERATION).is_file():
+    if not (folder / GENERATION).is_file() and not cfg.compares:
         write_json(folder / GENERATION, {"_from_model_config": True} | special)
 
 
@@ -150,6 +151,13 @@ def with_picture_token(folder: Path, cfg: ModelConfig) -> ModelConfig:
         return cfg
     images = dataclasses.replace(vision.images, token_id=_added(folder).get(vision.images.token))
     return dataclasses.replace(cfg, vision=dataclasses.replace(vision, images=images))
+
+
+def text_ids(cfg: ModelConfig, own: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+    """The section of a text encoder with the ids of begin and end; what it fills texts up with is the model's own."""
+    text = own.get("text_config", {})
+    padding = {key: text[key] for key in ("pad_token_id",) if key in text}
+    return {"text_config": text | special | padding} if text else {}
 
 
 def picture_ids(folder: Path, cfg: ModelConfig) -> dict[str, int]:

@@ -14,9 +14,14 @@ CLASSES = {
     "llava_next": ("LlavaNextImageProcessor", "LlavaNextProcessor"),
     "internvl": ("GotOcr2ImageProcessor", "InternVLProcessor"),
     "blip2": ("BlipImageProcessor", "Blip2Processor"),
+    "clip": ("CLIPImageProcessor", "CLIPProcessor"),
+    "siglip": ("SiglipImageProcessor", "SiglipProcessor"),
     "qwen2_vl": ("Qwen2VLImageProcessor", "Qwen2VLProcessor"),
     "qwen2_5_vl": ("Qwen2VLImageProcessor", "Qwen2_5_VLProcessor"),
 }
+
+CROPPED = ("llava", "clip", "siglip")
+"""Formats whose pictures are one tile: the middle square, or all of it."""
 
 
 def preprocessor_config(vision: VisionConfig) -> dict[str, Any] | None:
@@ -36,9 +41,9 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any] | None:
     elif images.mode == "anyres":
         own = {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True, "do_pad": True}
         own |= {"image_grid_pinpoints": [list(grid) for grid in images.grids]}
-    elif vision.format == "llava" and images.fit == "crop":
+    elif vision.format in CROPPED and images.fit == "crop":
         own = {"size": {"shortest_edge": side}, "crop_size": square, "do_center_crop": True}
-    elif vision.format == "llava":
+    elif vision.format in CROPPED:
         image_class, own = "SiglipImageProcessor", {"size": square}
     names = {"image_processor_type": image_class, "processor_class": whole_class}
     colours = {"image_mean": list(images.mean), "image_std": list(images.std), "resample": RESAMPLE[images.resample]}

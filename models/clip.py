@@ -34,7 +34,7 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
         final_norm=True,
         keep_class=True,
     )
-    crops = (config.get("preprocessor_config") or {}).get("do_center_crop", True)
+    crops = (config.get("preprocessor_config") or {"do_center_crop": True}).get("do_center_crop")
     images = images_of(config, mode="fixed", fit="crop" if crops else "squash")
     pooled = PooledConfig(width=config.get("projection_dim") or 512)
     text = TEXT | sections["text_config"]

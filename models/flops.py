@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from models.config import ModelConfig
+from models.dual.flops import text_work
 from models.vision.flops import Grids, Work, gated_work, vision_work
 
 EMBEDDING = "embed.weight"
@@ -69,6 +70,8 @@ def step_flops(
     """
     learns = trains or _everything
     eyes = [] if cfg.vision is None else vision_work(cfg.vision, cfg.hidden_size, grids, learns)
+    if cfg.compares:
+        return needed(eyes) + needed(text_work(cfg, doc_lengths, learns))
     tied = cfg.tied_embeddings and cfg.head == "lm"
     outputs = cfg.vocab_size if cfg.head == "lm" else 1
     head = Work(2.0 * outputs * cfg.hidden_size * supervised_tokens, trained=learns(EMBEDDING if tied else "head."))

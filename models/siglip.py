@@ -44,7 +44,8 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
     if width != tower.hidden_size:
         raise ValueError(f"config.json compares texts of width {width} with pictures of width {tower.hidden_size}")
     prepared = EYES | (config.get("preprocessor_config") or {})
-    images = images_of({**config, "preprocessor_config": prepared}, mode="fixed", fit="squash")
+    fit = "crop" if prepared.get("do_center_crop") else "squash"
+    images = images_of({**config, "preprocessor_config": prepared}, mode="fixed", fit=fit)
     pooled = PooledConfig(width=width, pad_id=text["pad_token_id"])
     return text_of("siglip", text, VisionConfig("siglip", tower, pooled, images))
 

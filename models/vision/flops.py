@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from models.vision.config import (
     MergerConfig,
     PerceiverConfig,
+    PooledConfig,
     ProjectorConfig,
     QFormerConfig,
     ResamplerConfig,
@@ -111,12 +112,22 @@ def _connector(cfg: VisionConfig, width: int, tiles: int, features: int) -> tupl
             4.0 * own.num_layers * own.queries * keys * inner,
             0.0,
         )
-    if not isinstance(own, ResamplerConfig):  # one vector of a tile: next to nothing
-        return 0.0, 0.0, 0.0
+    if isinstance(own, PooledConfig):
+        return _pooled(cfg.tower, own.width, tiles, features)
+    assert isinstance(own, ResamplerConfig)
     queries = tiles * own.queries
     first = 2.0 * features * dim * width
     square = own.queries + 2 * features + 2 * queries  # learnt queries are projected once for all tiles
     return first + 2.0 * square * width**2, 4.0 * own.queries * features * width, first
+
+
+def _pooled(tower: TowerConfig, width: int, tiles: int, features: int) -> tuple[float, float, float]:
+    """A class token through a linear layer; else one query a tile, and a feed-forward of what it reads."""
+    dim = tower.hidden_size
+    if tower.has_class:
+        return 2.0 * tiles * dim * width, 0.0, 0.0
+    each = 2.0 * dim * (2 * dim + 2 * tower.intermediate_size)
+    return 4.0 * features * dim**2 + tiles * each, 4.0 * features * dim, 0.0
 
 
 def _qformer(cfg: QFormerConfig, dim: int, width: int, tiles: int, features: int) -> tuple[float, float, float]:
