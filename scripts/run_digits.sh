@@ -18,11 +18,20 @@ bash scripts/run_chain.sh "${runs[@]}" ${words[@]+-- "${words[@]}"}
 
 dir=runs
 for word in ${words[@]+"${words[@]}"}; do [[ "$word" == run.dir=* ]] && dir="${word#run.dir=}"; done
+answers="$(mktemp -d)"
+trap 'jobs -p | xargs -r kill 2>/dev/null; rm -rf "$answers"' EXIT
 for run in "${runs[@]}"; do
     files=(held_out mismatched)
     [[ "$run" == *blind* ]] && files=(blind_held_out)
-    for file in "${files[@]}"; do
-        printf '\n== %s, %s\n' "$run" "$file"
-        python scripts/evaluate.py --model "$dir/$run" --tasks "assets/digits/$file.jsonl" --chat --set max_new_tokens=8
+    asking=()
+    for file in "${files[@]}"; do # side by side, and told one after the other
+        OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python scripts/evaluate.py --model "$dir/$run" \
+            --tasks "assets/digits/$file.jsonl" --chat --set max_new_tokens=8 >"$answers/$file" &
+        asking+=($!)
+    done
+    for i in "${!files[@]}"; do
+        printf '\n== %s, %s\n' "$run" "${files[i]}"
+        wait "${asking[i]}"
+        cat "$answers/${files[i]}"
     done
 done
