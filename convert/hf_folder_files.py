@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from convert.preprocessor import COPIED, FILE, preprocessor_config
+from convert.preprocessor import (
+    COPIED,
+    FILE,
+    VIDEO_FILE,
+    WHOLE_FILE,
+    preprocessor_config,
+    processor_config,
+    video_config,
+)
 from convert.same_model import differing
 from models import FAMILIES, config_from_hf_folder, family_of
 from models.config import ModelConfig
@@ -31,7 +39,7 @@ TOKENIZER_FILES = (
 )
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 PREPARED = {"mode", "fit", "mean", "std", "resample", "min_tiles", "max_tiles", "thumbnail", "min_pixels", "max_pixels"}
-PREPARED |= {"token", "begin", "end"}
+PREPARED |= {"token", "begin", "end", "video_token", "video_min_pixels", "video_max_pixels"}
 """Settings of `vision.images` that config.json says nothing of."""
 DTYPE_KEYS = ("torch_dtype", "dtype")
 """As transformers 4 and 5 write it; either version reads both."""
@@ -89,6 +97,7 @@ def write_config(folder: str | Path, cfg: ModelConfig, dtype: torch.dtype, origi
     """
     folder = Path(folder)
     theirs = read_json(Path(original) / CONFIG) if original is not None else {}
+    add_picture_tokens(folder, cfg)
     name = str(dtype).removeprefix("torch.")
     special = special_tokens(Path(original)) if original is not None else {}
     if theirs and not _changed(theirs, cfg):
@@ -118,6 +127,8 @@ def _changed(config: dict[str, Any], cfg: ModelConfig) -> bool:
     different = set(differing(cfg, theirs)) - {"vocab_size"}
     if cfg.vision is not None and cfg.vision.images.token_id is None:
         different.discard("vision.images.token_id")
+    if cfg.vision is not None and cfg.vision.images.video_token_id is None:
+        different.discard("vision.images.video_token_id")
     prepared = {f"vision.images.{each}" for each in PREPARED}
     return bool(different - prepared)
 
@@ -131,25 +142,53 @@ def _vocabulary(config: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _write_preprocessor(folder: Path, cfg: ModelConfig) -> None:
-    """preprocessor_config.json as the model's settings are, where what is there says something else."""
+    """preprocessor_config.json and its like as the model's settings are, where what is there says something else."""
     assert cfg.vision is not None
     found = config_from_hf_folder(folder).vision
-    made = preprocessor_config(cfg.vision)
-    if made is None or found is None:
+    if found is None:
         return
-    same = all(
-        getattr(found.images, key) == getattr(cfg.vision.images, key) for key in PREPARED - {"token", "begin", "end"}
-    )
-    if not same or not (folder / FILE).is_file():
-        write_json(folder / FILE, made)
+    texts = {"token", "begin", "end", "video_token"}
+    same = all(getattr(found.images, key) == getattr(cfg.vision.images, key) for key in PREPARED - texts)
+    for name, made in ((FILE, preprocessor_config(cfg.vision)), (VIDEO_FILE, video_config(cfg.vision))):
+        if made is not None and not (same and (folder / name).is_file()):
+            write_json(folder / name, made)
+    theirs = read_json(folder / WHOLE_FILE)
+    whole = theirs | (processor_config(cfg.vision) or {})
+    if not same:  # there may be settings for pictures within, which go before those of the other files
+        whole = {key: value for key, value in whole.items() if not isinstance(value, dict)}
+    if whole != theirs:
+        write_json(folder / WHOLE_FILE, whole)
+
+
+def add_picture_tokens(folder: Path, cfg: ModelConfig) -> None:
+    """Make the tokens of pictures and videos the tokenizer's of the folder, as training does, where they are not."""
+    file = folder / "tokenizer.json"
+    if cfg.vision is None or cfg.vision.connector.name == "pooled" or not file.is_file():
+        return
+    from tokenizers import AddedToken, Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as err:  # a wrong file ends in a bare Exception there
+        raise ValueError(f"{file} is not a tokenizer file ({err}); copy it again") from err
+    texts = (cfg.vision.images.token, cfg.vision.images.video_token)
+    missing = [text for text in texts if text and tokenizer.token_to_id(text) is None]
+    if missing:
+        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+        tokenizer.save(str(file))
 
 
 def with_picture_token(folder: Path, cfg: ModelConfig) -> ModelConfig:
-    """The config with the id that a folder's tokenizer has for the token of pictures, where it says none itself."""
+    """The config with the ids that a folder's tokenizer has for the tokens of pictures and videos, where it says none
+    itself."""
     vision = cfg.vision
-    if vision is None or vision.images.token_id is not None:
+    if vision is None:
         return cfg
-    images = dataclasses.replace(vision.images, token_id=_added(folder).get(vision.images.token))
+    images, added = vision.images, _added(folder)
+    if images.token_id is None:
+        images = dataclasses.replace(images, token_id=added.get(images.token))
+    if images.video_token_id is None and images.video_token:
+        images = dataclasses.replace(images, video_token_id=added.get(images.video_token))
     return dataclasses.replace(cfg, vision=dataclasses.replace(vision, images=images))
 
 

@@ -69,7 +69,8 @@ class Maker:
         if self._loaded is None:
             tokenizer = load_tokenizer(self.folder, self.key)
             if self.pictures is not None and not self.pictures.placeless:
-                add_special(tokenizer, self.pictures.token)
+                for text in self.pictures.tokens:
+                    add_special(tokenizer, text)
             self._loaded = tokenizer, describe(tokenizer)
         return self._loaded
 
@@ -81,8 +82,8 @@ class Maker:
             render = template_renderer(tokenizer, self._template(), self.template_path or self.folder)
             return ChatTemplate(render, special_tokens(tokenizer), tokenizer.eos_token, tokenizer.bos_token)
 
-        picture = self.pictures.token if self.pictures else None
-        return Encoder(tokenizer, info, chat, self.loss_on, picture, ends_of(tokenizer))
+        pictures = self.pictures.tokens if self.pictures else ()
+        return Encoder(tokenizer, info, chat, self.loss_on, pictures, ends_of(tokenizer))
 
     def around(self) -> tuple[int, int]:
         """Tokens before and behind those of a picture that belong to it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,7 +29,7 @@ from data.notes import NOTE, Note, NoteWriter, create, read_row
 from data.pictures.notes import PictureNotes, PictureWriter, Seen
 from data.tokenizer import TokenizerInfo
 
-VERSION = 2
+VERSION = 3
 """Part of every key: raise it whenever the files or the way tokens and masks are made change."""
 
 SAMPLE = np.dtype(
@@ -151,9 +151,18 @@ class ShardWriter:
     def _add_pictures(self, sample: int, item: Item, made: list[Encoded]) -> None:
         first = 0
         for document in made:
-            for seen, start in zip(item.pictures, document.starts, strict=True):
-                self._pictures.add(sample, seen, first + start, self._around, item.place)
+            for number, (seen, start) in enumerate(zip(item.pictures, document.starts, strict=True)):
+                around = self._extent(item.pictures, document.starts, number)
+                self._pictures.add(sample, seen, first + start, around, item.place)
             first += len(document.tokens_L)
+
+    def _extent(self, pictures: Sequence[Seen], starts: Sequence[int], number: int) -> tuple[int, int]:
+        """Tokens before and behind those of a picture that no cut goes through: around it, or the rest of its video."""
+        seen, (before, after) = pictures[number], self._around
+        first, last = number - seen.frame, number
+        while last + 1 < len(pictures) and pictures[last + 1].frame > pictures[last].frame:
+            last += 1
+        return before + starts[number] - starts[first], after + starts[last] - starts[number]
 
     def add_bad(self, file: int, line: int, reason: str) -> None:
         """Note a malformed row of the source's file number `file`."""

@@ -65,6 +65,8 @@ class DataConfig:
     """Pixels of a picture up to which it is decoded; a small file may hold far more."""
     picture_workers: int = 2
     """Threads of each process that read pictures ahead of the step that needs them."""
+    video_frames: int = 8
+    """Frames taken of a video at most, at even distances from its first."""
     random_channels: int = 0
     """k > 0: samples get a channel random_0 .. random_{k-1} by a seeded hash instead of their own (experiments)."""
 
@@ -101,7 +103,7 @@ def problems(cfg: DataConfig) -> list[Problem]:
         )
     if cfg.random_channels < 0:
         found.append(("data.random_channels", cfg.random_channels, "must not be negative", "0 turns it off"))
-    for name in ("max_picture_pixels", "picture_workers"):
+    for name in ("max_picture_pixels", "picture_workers", "video_frames"):
         if getattr(cfg, name) < 1:
             found.append((f"data.{name}", getattr(cfg, name), "must be at least 1", f"data.{name}=1 or more"))
     if cfg.max_picture_pixels > PILLOWS_LIMIT:

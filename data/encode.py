@@ -64,7 +64,7 @@ class Encoder:
         info: TokenizerInfo,
         chat: Callable[[], ChatTemplate],
         loss_on: str,
-        picture: str | None = None,
+        pictures: tuple[str, ...] = (),
         ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     ) -> None:
         """
@@ -73,7 +73,7 @@ class Encoder:
             info: its facts.
             chat: gives the chat template; called at the first chat, so that plain text needs none.
             loss_on: "assistant" (answers and completions) or "all" (every token).
-            picture: text of the token that stands for a picture, if the model sees any.
+            pictures: texts of the tokens that stand for pictures and videos, if the model sees any.
             ends: tokens before and behind a caption.
         """
         assert loss_on in ("assistant", "all"), loss_on
@@ -84,8 +84,8 @@ class Encoder:
         self._get_chat = chat
         self._chat: ChatTemplate | None = None
         self._all = loss_on == "all"
-        self._picture, self._ends = picture, ends
-        self._picture_id = None if picture is None else tokenizer.convert_tokens_to_ids(picture)
+        self._pictures, self._ends = pictures, ends
+        self._picture_ids = [tokenizer.convert_tokens_to_ids(text) for text in pictures]
 
     def prepare(self, sample: Sample, pictures: tuple[int, ...] = (), identity: bytes = b"") -> tuple[Prepared, ...]:
         """The documents of a sample as texts, and what to learn of them: two of a pair, one of anything else.
@@ -115,7 +115,7 @@ class Encoder:
                     f"the text has half a surrogate pair at character {err.start}: not valid Unicode"
                 ) from err
         for document in documents:
-            places = 0 if self._picture is None else document.text.count(self._picture)
+            places = sum(document.text.count(text) for text in self._pictures)
             if places != len(pictures) and not document.caption:
                 raise RowError(f"the text has {places} places for pictures, but the row has {len(pictures)} pictures")
         hashed = _content_hash(sample, identity)
@@ -133,7 +133,10 @@ class Encoder:
         return Prepared(rendered.text, rendered.spans, False, rendered.turns, rendered.stops, TRUNCATE, blank=blank)
 
     def _caption(self, sample: Caption, pictures: tuple[int, ...]) -> Prepared:
-        text = sample.text.replace(self._picture or "", "").strip()
+        text = sample.text
+        for token in self._pictures:
+            text = text.replace(token, "")
+        text = text.strip()
         check_caption(text, len(pictures))
         return Prepared(text, ((0, len(text)),), False, 1, int(bool(self._ends[1])), TRUNCATE, caption=True)
 
@@ -198,7 +201,7 @@ class Encoder:
             return Encoded(tokens_L, np.ones(len(tokens_L), dtype=bool), (0,))
         if not item.pictures:
             return Encoded(tokens_L, learn_L)
-        places = np.flatnonzero(tokens_L == self._picture_id)
+        places = np.flatnonzero(np.isin(tokens_L, self._picture_ids))
         assert len(places) == len(item.pictures), "the tokenizer knows the token of pictures under another text"
         times_L = np.ones(len(tokens_L), dtype=np.int64)
         times_L[places] = item.pictures

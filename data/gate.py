@@ -67,6 +67,7 @@ def make_report(
             desirable=int(train.desirable_C[c]),
             large_pictures=int(train.large_C[c] + held.large_C[c]),
             pictures=int(train.pictures_C[c]),
+            videos=int(train.videos_C[c]),
         )
         for c, name in enumerate(channels)
     )

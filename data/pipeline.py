@@ -97,7 +97,8 @@ def assemble(
 
     # 1. Every source as a token cache: one numbered list of samples with tokens, loss mask and channel.
     key = "data.tokenizer" if cfg.tokenizer else "init_from"
-    maker = Maker(folder, cfg.chat_template, loss_on, key, pictures, cfg.max_picture_pixels)
+    seeing = None if pictures is None else replace(pictures, video_frames=cfg.video_frames)
+    maker = Maker(folder, cfg.chat_template, loss_on, key, seeing, cfg.max_picture_pixels)
     named = [(f"data.sources[{index}]", source) for index, source in enumerate(cfg.sources)]
     named_eval = [(f"data.eval_sources[{index}]", source) for index, source in enumerate(cfg.eval_sources)]
     everything = [open_cache(source, key, cfg.cache_dir, maker, peers, kind) for key, source in named + named_eval]

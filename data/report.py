@@ -25,7 +25,7 @@ REASONS = {
     "too_long": "{what} {tokens} tokens, more than {limit}={seq_len}",
     "equal": "chosen and rejected are the same",
     "empty": "an answer is empty: it has nothing to learn",
-    "large": "a picture alone takes {picture} tokens, more than {limit}={seq_len}",
+    "large": "a {what} alone takes {picture} tokens, more than {limit}={seq_len}",
 }
 
 
@@ -65,6 +65,8 @@ class ChannelReport:
     """Samples with a picture that alone is longer than a row: dropped."""
     pictures: int = 0
     """Pictures in the training samples."""
+    videos: int = 0
+    """Videos in them."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ class GateReport:
     def _large(self, cache: TokenCache) -> Iterator[BadRow]:
         """Rows with a picture that does not fit."""
         for record in too_large(cache, self.seq_len):
-            said = {"picture": int(record["tokens"]), "limit": self.limit, "seq_len": self.seq_len}
+            if record["frame"]:
+                continue  # told with the first frame of its video
+            what, tokens = ("video", _whole(record)) if record["frames"] else ("picture", int(record["tokens"]))
+            said = {"what": what, "picture": tokens, "limit": self.limit, "seq_len": self.seq_len}
             yield cache.place_of_picture(record, REASONS["large"].format(**said))
 
     def write_bad_rows(self, path: str) -> None:
@@ -125,8 +130,9 @@ class GateReport:
 
     def __str__(self) -> str:
         columns = COLUMNS[self.kind]
-        if any(channel.pictures for channel in self.channels):
-            columns = {**_FIRST, **_SEEN, **{name: show for name, show in columns.items() if name not in _FIRST}}
+        seen = {name: show for name, show in _SEEN.items() if any(getattr(each, name) for each in self.channels)}
+        if seen:
+            columns = {**_FIRST, **seen, **{name: show for name, show in columns.items() if name not in _FIRST}}
         lines = [tuple(columns), *(tuple(show(channel) for show in columns.values()) for channel in self.channels)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
         table = [
@@ -154,8 +160,13 @@ class GateReport:
         if empty := sum(channel.empty_answers for channel in self.channels):
             reasons.append(f"{empty:,} with an empty answer")
         if large := sum(channel.large_pictures for channel in self.channels):
-            reasons.append(f"{large:,} with a picture longer than {self.limit}={self.seq_len}")
+            reasons.append(f"{large:,} with a picture or video longer than {self.limit}={self.seq_len}")
         return f"; dropped {DROPPED.get(self.kind, 'samples')}: {', '.join(reasons)}" if reasons else ""
+
+
+def _whole(record: np.void) -> int:
+    """Tokens of a picture or video with those around it."""
+    return int(record["before"] + record["tokens"] + record["after"])
 
 
 _FIRST: dict[str, Column] = {
@@ -164,7 +175,10 @@ _FIRST: dict[str, Column] = {
     "tokens": lambda channel: f"{channel.tokens:,}",
     "supervised": lambda channel: f"{channel.supervised_tokens:,}",
 }
-_SEEN: dict[str, Column] = {"pictures": lambda channel: f"{channel.pictures:,}"}
+_SEEN: dict[str, Column] = {
+    "pictures": lambda channel: f"{channel.pictures:,}",
+    "videos": lambda channel: f"{channel.videos:,}",
+}
 _LOST: dict[str, Column] = {
     "masked rows": lambda channel: f"{channel.fully_masked_rows:,}",
     "truncated": lambda channel: f"{channel.truncated_rows:,}",

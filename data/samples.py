@@ -42,12 +42,14 @@ class Kept:
     """Judged answers that were found good."""
     pictures_C: np.ndarray
     """Pictures."""
+    videos_C: np.ndarray
+    """Videos."""
     longest: int
     """Tokens of the longest sample that was dropped because it does not fit; 0 if none was."""
 
 
 COUNTS = ("samples_C", "masked_C", "truncated_C", "turns_C", "stops_C")
-COUNTS += ("too_long_C", "equal_C", "empty_C", "large_C", "desirable_C", "pictures_C")
+COUNTS += ("too_long_C", "equal_C", "empty_C", "large_C", "desirable_C", "pictures_C", "videos_C")
 
 
 def channel_names(caches: list[TokenCache], random_channels: int) -> tuple[str, ...]:
@@ -155,8 +157,12 @@ def _keep_one(
     if cache.notes is not None and cache.kind == "unpaired":
         good = cache.notes["value"][samples]
     counted = {"samples": np.ones(len(samples)), "masked": masked, "truncated": truncated, "turns": turns}
-    seen = np.bincount(cache.pictures.records["sample"], minlength=cache.num_samples)[samples]
-    counted |= {"stops": stops, "desirable": good, "pictures": seen, **faults}
+    shown = cache.pictures.records
+    seen, videos = (
+        np.bincount(part["sample"], minlength=cache.num_samples)[samples]
+        for part in (shown[shown["frames"] == 0], shown[(shown["frames"] > 0) & (shown["frame"] == 0)])
+    )
+    counted |= {"stops": stops, "desirable": good, "pictures": seen, "videos": videos, **faults}
     longest = int(length[faults["too_long"]].max(initial=0))
     return Kept(pieces, **{f"{name}_C": count(values) for name, values in counted.items()}, longest=longest)
 

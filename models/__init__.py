@@ -6,6 +6,7 @@ Shape legend: docs/architecture.md.
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from models.building import Model, build
 from models.config import ModelConfig, RopeConfig, Runtime
@@ -48,10 +49,7 @@ def config_from_hf_folder(path: str | Path) -> ModelConfig:
         raise ValueError(f"{file} is not readable as JSON ({err}); fetch it again") from err
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no JSON object; fetch it again")
-    prepared = Path(path) / "preprocessor_config.json"
-    if prepared.is_file():
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # then pictures are prepared by default
-            config["preprocessor_config"] = json.loads(prepared.read_text(encoding="utf-8"))
+    config |= _preparations(Path(path))
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{file} says model_type={family!r}; the families here are {', '.join(FAMILIES)}")
@@ -59,3 +57,16 @@ def config_from_hf_folder(path: str | Path) -> ModelConfig:
         return FAMILIES[family].from_hf_config(config)
     except ValueError as err:
         raise ValueError(f"{file}: {err}") from err
+
+
+def _preparations(folder: Path) -> dict[str, Any]:
+    """How pictures and videos are prepared, as transformers finds it: in one file for all, else in one for each."""
+    found: dict[str, Any] = {}
+    for name in ("preprocessor_config", "video_preprocessor_config", "processor_config"):
+        file = folder / f"{name}.json"
+        if file.is_file():
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # then they are prepared by default
+                found[name] = json.loads(file.read_text(encoding="utf-8"))
+    whole = found.pop("processor_config", {})
+    inner = {"preprocessor_config": "image_processor", "video_preprocessor_config": "video_processor"}
+    return found | {name: whole[part] for name, part in inner.items() if isinstance(whole.get(part), dict)}

@@ -27,6 +27,7 @@ SIZES = {
     "patch_size": 14,
     "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 4,
 }
 """What a vision_config leaves out because transformers fills it in."""
 
@@ -48,7 +49,8 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
         full_layers=tuple(given["fullatt_block_indexes"]),
     )
     merger = merger_of(given, rms_norm=True)
-    return with_decoder(config, VisionConfig("qwen2_5_vl", tower, merger, pictures_of(config)))
+    images = pictures_of(config, tokens_per_second=given["tokens_per_second"])
+    return with_decoder(config, VisionConfig("qwen2_5_vl", tower, merger, images))
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
         "hidden_act": tower.activation,
         "window_size": tower.window_size,
         "fullatt_block_indexes": list(tower.full_layers),
-        "tokens_per_second": 1,  # a step in time is a position, as in training here
+        "tokens_per_second": cfg.vision.images.tokens_per_second,
     }
     head = {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
     return decoder_keys(cfg) | head | {"vision_config": own | tower_keys(cfg)}
@@ -72,6 +74,9 @@ def problems(cfg: ModelConfig) -> list[Problem]:
     """Settings that Qwen2.5-VL's checkpoints cannot express."""
     assert cfg.vision is not None
     found = shared_problems(cfg, rms_norm=True)
+    if cfg.vision.images.tokens_per_second is None:
+        reason = "Qwen2.5-VL counts the time of videos in seconds"
+        found.append(("vision.images.tokens_per_second", None, reason, "model.vision.images.tokens_per_second=2"))
     if not found and cfg.vision.tower.window_size is None:
         side = 8 * cfg.vision.tower.patch_size
         way = f"model.vision.tower.window_size={side} or model.vision.format=loom"

@@ -21,7 +21,9 @@ SECTIONS = (16, 24, 24)
 """Where config.json says none."""
 SIZES = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14, "hidden_act": "quick_gelu"}
 """What a vision_config leaves out because transformers fills it in."""
+TIME = "images.tokens_per_second"
 TOKENS = {"token": "<|image_pad|>", "begin": "<|vision_start|>", "end": "<|vision_end|>"}
+TOKENS["video_token"] = "<|video_pad|>"
 
 
 def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
@@ -76,7 +78,7 @@ def canonical(name: str) -> str:
 def problems(cfg: ModelConfig) -> list[Problem]:
     """Settings that Qwen2-VL's checkpoints cannot express."""
     assert cfg.vision is not None
-    tower, found = cfg.vision.tower, shared_problems(cfg, rms_norm=False)
+    tower, found = cfg.vision.tower, shared_problems(cfg, rms_norm=False) + always(cfg, {TIME: None})
     if not found and tower.intermediate_size % tower.hidden_size:
         reason = f"is a multiple of tower.hidden_size={tower.hidden_size} in Qwen2-VL"
         near = max(round(tower.intermediate_size / tower.hidden_size), 1) * tower.hidden_size
@@ -110,12 +112,17 @@ def merger_of(given: Mapping[str, Any], rms_norm: bool = False) -> MergerConfig:
     return MergerConfig(block=given.get("spatial_merge_size", 2), rms_norm=rms_norm)
 
 
-def pictures_of(config: Mapping[str, Any]) -> Any:
+def pictures_of(config: Mapping[str, Any], **own: Any) -> Any:
     """How pictures are prepared; least and most pixels as preprocessor_config.json has them in either spelling."""
     given = config.get("preprocessor_config") or {}
     size = given.get("size") or {}
     told = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
     told |= {key: given[key] for key in told if given.get(key)}
+    moving = config.get("video_preprocessor_config") or {}
+    size = moving.get("size") or {}
+    told |= {"video_min_pixels": size.get("shortest_edge"), "video_max_pixels": size.get("longest_edge")}
+    told |= {f"video_{key}": moving[key] for key in ("min_pixels", "max_pixels") if moving.get(key)}
+    told |= {"video_token_id": config.get("video_token_id"), **own}
     return images_of(config, mode="native", **TOKENS, **{key: value for key, value in told.items() if value})
 
 
@@ -124,7 +131,9 @@ def decoder_keys(cfg: ModelConfig) -> dict[str, Any]:
     keys = qwen2.to_hf_config(dataclasses.replace(cfg, vision=None))
     scaling = keys.get("rope_scaling") or {"type": "mrope"}
     keys["rope_scaling"] = scaling | {"mrope_section": list(cfg.rope.sections)}
-    return keys | {"image_token_id": token_of(cfg)}
+    assert cfg.vision is not None
+    video = cfg.vision.images.video_token_id
+    return keys | {"image_token_id": token_of(cfg)} | ({} if video is None else {"video_token_id": video})
 
 
 def tower_keys(cfg: ModelConfig) -> dict[str, Any]:

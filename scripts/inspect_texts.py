@@ -175,7 +175,7 @@ class Encoder:
             raise ValueError(f"--image: {error}" if images else str(error)) from error
         spans = np.array(made["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         times = np.ones(len(spans), dtype=np.int64)
-        times[[token == self.eyes.token_id for token in made["input_ids"]]] = [each.tokens for each in seen]
+        times[[token in self.eyes.token_ids for token in made["input_ids"]]] = [each.tokens for each in seen]
         return text, tokens, np.repeat(spans, times, axis=0), seen, sight
 
     def _shown(self, seen: Sequence[Seen], sight: Sight | None, start: int) -> list[Shown]:

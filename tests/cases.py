@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import Document, MicroBatch, Row, collate, split_rows
+from data.pictures.positions import rotary_positions
 from data.pictures.types import Pictures
 from models import ModelConfig
 from models.init import InitSource
@@ -61,10 +62,10 @@ class Rows:
     """There are two different tokens only, so that a router sends them to the same few experts."""
     pretrain: bool = False
     """Every token is learnt; else from one to all of a document's."""
-    pictures: Literal["tiles", "queries", "native", "gated"] | None = None
+    pictures: Literal["tiles", "queries", "native", "gated", "turned"] | None = None
     """Some documents show some: 2 x 2 patches of 4 pixels that give 4 features, or 3, or blocks of frames of any size
     that give one each; gated: 4, for which one token stands. Most have none, some many; every fourth step has none at
-    all."""
+    all. turned: pictures and videos of a model that turns by time, row and column."""
 
 
 UNEVEN = Rows()
@@ -82,9 +83,13 @@ def uneven_rows(step: int, count: int = 8, kind: Rows = UNEVEN) -> list[list[Doc
             learn = np.zeros(length, dtype=bool)
             learn[1 if kind.pretrain or index % 2 == 0 else -1 :] = True
             tokens = random.integers(0, TINY.vocab_size, size=length)
-            shown, features = _pictures(random, int(length), kind.pictures if step % 4 < 3 else None)
             tokens = tokens % 2 if kind.alike else tokens
-            row.append(Document(tokens, learn, channel, pictures=shown, features=features))
+            document = Document(tokens, learn, channel)
+            if kind.pictures == "turned":
+                row.append(_turned(random, document) if step % 4 < 3 else document)
+                continue
+            shown, features = _pictures(random, int(length), kind.pictures if step % 4 < 3 else None)
+            row.append(replace(document, pictures=shown, features=features))
         rows.append(row if kind.packed else row[:1])
     return rows
 
@@ -110,6 +115,28 @@ def _pictures(
     slots = slots.repeat(each) if kind == "gated" else slots
     shown = Pictures(torch.from_numpy(patches_PX), tuple(grids), torch.from_numpy(slots), torch.arange(features))
     return shown, features
+
+
+def _turned(random: np.random.Generator, document: Document) -> Document:
+    """The document with one or two pictures or videos among its tokens, some longer in time than they are wide."""
+    length, at, grids = len(document.tokens_L), 0, []
+    shapes: list[tuple[int, tuple[int, int, int]]] = []
+    for _ in range(random.choice([0, 1, 2])):
+        shape = (int(random.choice([1, 3])), int(random.choice([1, 2])), int(random.choice([1, 2, 3])))
+        at += int(random.integers(0, 4))
+        if at + int(np.prod(shape)) > length:
+            break
+        shapes.append((at, shape))
+        grids += [(2 * shape[1], 2 * shape[2])] * shape[0]
+        at += int(np.prod(shape))
+    rotary_3L = rotary_positions(length, shapes, [1 + float(random.integers(0, 5)) / 2 for _ in shapes])
+    document = replace(document, rotary_3L=rotary_3L)
+    if not shapes:
+        return document
+    slots = np.concatenate([start + np.arange(np.prod(shape)) for start, shape in shapes])
+    patches_PX = random.standard_normal((4 * len(slots), 3 * 2 * 16)).astype(np.float32)
+    shown = Pictures(torch.from_numpy(patches_PX), tuple(grids), torch.from_numpy(slots), torch.arange(len(slots)))
+    return replace(document, pictures=shown, features=len(slots))
 
 
 class OpenGates(InitSource):

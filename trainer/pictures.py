@@ -37,6 +37,10 @@ def picture_config(model: ModelConfig) -> PictureConfig | None:
         end=images.end,
         rotary=bool(model.rope.sections),
         one_token=vision.cross is not None,
+        video_token=images.video_token,
+        video_min_pixels=images.video_min_pixels,
+        video_max_pixels=images.video_max_pixels,
+        tokens_per_second=images.tokens_per_second,
         patch_cost=_weights(tower) / (model.num_layers * _layer_weights(model)),
     )
 

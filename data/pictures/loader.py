@@ -13,10 +13,8 @@ import torch
 from data.batch import Document
 from data.cache_files import TokenCache
 from data.documents import Sought
-from data.pictures.geometry import plan
-from data.pictures.load import PictureError, load
-from data.pictures.patches import patches_of
-from data.pictures.positions import rotary_positions
+from data.pictures.errors import PictureError
+from data.pictures.seen import patches_of_all, plan_of, rotary_of
 from data.pictures.types import PictureConfig, Pictures, Plan
 
 
@@ -46,29 +44,22 @@ class PictureLoader:
         """
         length = len(document.tokens_L)
         records = cache.pictures.of(sample, start, start + length)
-        plans = [plan(int(record["width"]), int(record["height"]), self.cfg) for record in records]
+        seen = [cache.pictures.seen(record) for record in records]
+        plans = [plan_of(each, self.cfg) for each in seen]
         at = [int(record["start"]) - start for record in records]
         if self.cfg.rotary:
-            shapes = [(begin, each.shape) for begin, each in zip(at, plans, strict=True)]
-            document = replace(document, rotary_3L=rotary_positions(length, shapes))
+            document = replace(document, rotary_3L=rotary_of(length, at, seen, plans, self.cfg))
         if not plans:
             return document
-        patches = [self._patches(cache, *each) for each in zip(records, plans, strict=True)]
+        try:
+            patches = patches_of_all(seen, plans, self.cfg, self.max_pixels)
+        except PictureError as err:
+            raise ValueError(
+                f"the {err}; it was well when its row was tokenised: remove the token cache {cache.folder} and start "
+                "again to look at all rows anew"
+            ) from err
         pictures, features = gathered(plans, patches, at, self.cfg)
         return replace(document, pictures=pictures, features=features)
-
-    def _patches(self, cache: TokenCache, record: np.void, planned: Plan) -> torch.Tensor:
-        where = cache.pictures.where(record)
-        source = where.content if where.content is not None else where.path or ""
-        again = f"remove the token cache {cache.folder} and start again to look at all rows anew"
-        try:
-            image = load(source, self.max_pixels)
-        except PictureError as err:
-            raise ValueError(f"the picture {where} was readable when its row was tokenised: {err}; {again}") from err
-        if image.size != (record["width"], record["height"]):
-            size = f"{record['width']} x {record['height']}"
-            raise ValueError(f"the picture {where} was {size} pixels and is {image.size[0]} x {image.size[1]}; {again}")
-        return patches_of(image, planned, self.cfg)
 
 
 def gathered(

@@ -6,7 +6,8 @@ Legend: P patches, X numbers of a patch, F tokens that a feature stands for, T t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -54,6 +55,27 @@ class PictureConfig:
     """One token stands for all features of a picture."""
     patch_cost: float = field(default=0.0, repr=False, compare=False)
     """Work of a patch, in tokens of the decoder: what pictures weigh when rows are dealt out, no result."""
+    video_token: str = ""
+    video_min_pixels: int = 100352
+    video_max_pixels: int = 602112
+    tokens_per_second: int | None = None
+    video_frames: int = 8
+    """Frames of a video at most (`data.video_frames`)."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Texts of the tokens that stand for a feature: of pictures, and of videos where theirs is another."""
+        return tuple(dict.fromkeys((self.token, self.video_token or self.token)))
+
+    @cached_property
+    def of_video(self) -> PictureConfig:
+        """What a video's frames are prepared by: several together in native mode, elsewhere as pictures of one tile."""
+        if self.mode == "native":
+            limits = {"min_pixels": self.video_min_pixels, "max_pixels": self.video_max_pixels}
+            return replace(self, token=self.video_token or self.token, **limits)
+        if self.mode == "anyres":
+            return replace(self, mode="fixed", fit="squash", newline=False)
+        return replace(self, min_tiles=1, max_tiles=1)
 
     @property
     def placeless(self) -> bool:

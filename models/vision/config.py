@@ -250,6 +250,16 @@ class ImageConfig:
     begin: str = ""
     end: str = ""
     """Texts before and behind the features of a picture."""
+    video_token: str = ""
+    """native: text of the token that is repeated for each feature of a video; empty = `token`. In other modes a video
+    is its frames, as pictures of one tile."""
+    video_token_id: int | None = None
+    """Its id, where a checkpoint says it."""
+    video_min_pixels: int = 100352
+    video_max_pixels: int = 602112
+    """native: each frame of a video is scaled to lie between."""
+    tokens_per_second: int | None = None
+    """native: positions that a second of a video takes (Qwen2.5-VL); null = each step in time takes one."""
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,23 @@ def image_problems(cfg: VisionConfig) -> list[Problem]:
     if min(images.std) <= 0:
         found.append(("std", list(images.std), "is divided by, so it must be above 0", "std=[0.5,0.5,0.5]"))
     if images.mode == "tiles":
-        found += _bounds("tiles", images.min_tiles, images.max_tiles, 12)
+        found += _bounds("min_tiles", images.min_tiles, images.max_tiles, 12)
     elif images.mode == "native":
-        found += _bounds("pixels", images.min_pixels, images.max_pixels, 1003520)
+        found += _bounds("min_pixels", images.min_pixels, images.max_pixels, 1003520)
+        found += _bounds("video_min_pixels", images.video_min_pixels, images.video_max_pixels, 602112)
     elif images.mode == "anyres":
         found += _grid_problems(cfg)
+    if images.tokens_per_second is not None and images.tokens_per_second <= 0:
+        found.append(("tokens_per_second", images.tokens_per_second, "must be above 0", "tokens_per_second=2"))
     return found + _newline_problems(cfg)
 
 
-def _bounds(name: str, least: int, most: int, usual: int) -> list[Problem]:
+def _bounds(lower: str, least: int, most: int, usual: int) -> list[Problem]:
+    upper = lower.replace("min_", "max_")
     if most < 1:
-        return [(f"max_{name}", most, "must be at least 1", f"max_{name}={usual}")]
+        return [(upper, most, "must be at least 1", f"{upper}={usual}")]
     if not 1 <= least <= most:
-        return [(f"min_{name}", least, f"must be between 1 and max_{name}={most}", f"min_{name}=1")]
+        return [(lower, least, f"must be between 1 and {upper}={most}", f"{lower}=1")]
     return []
 
 

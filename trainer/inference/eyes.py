@@ -11,14 +11,12 @@ import torch
 
 from data.formats import Row, RowError
 from data.pictures.errors import PictureError
-from data.pictures.geometry import plan
-from data.pictures.load import MAX_PIXELS, load
+from data.pictures.load import MAX_PIXELS
 from data.pictures.loader import gathered
 from data.pictures.looking import look_at
 from data.pictures.notes import Seen
-from data.pictures.patches import patches_of
-from data.pictures.positions import rotary_positions
 from data.pictures.rows import MARK
+from data.pictures.seen import patches_of_all, plan_of, rotary_of
 from data.pictures.types import PictureConfig
 from data.tokenizer import add_special
 from models.config import ModelConfig
@@ -31,14 +29,14 @@ class Eyes:
     """What a model makes of pictures; one that sees none refuses rows that have some."""
 
     cfg: PictureConfig | None = None
-    token_id: int | None = None
-    """Of the token that stands for a feature."""
+    token_ids: tuple[int, ...] = ()
+    """Of the tokens that stand for a feature."""
     max_pixels: int = MAX_PIXELS
     """Of a picture that is decoded."""
 
     @staticmethod
     def of(model: ModelConfig, tokenizer: Any) -> Eyes:
-        """Those of a model; its token for pictures becomes one of the tokenizer's, as in training.
+        """Those of a model; its tokens for pictures and videos become the tokenizer's, as in training.
 
         Raises:
             ValueError: the model has no such token.
@@ -46,14 +44,16 @@ class Eyes:
         cfg = picture_config(model)
         if cfg is None:
             return BLIND
-        add_special(tokenizer, cfg.token)
-        token_id = tokenizer.convert_tokens_to_ids(cfg.token)
-        if not 0 <= token_id < model.vocab_size:
-            raise ValueError(
-                f"the token {cfg.token!r}, which stands for pictures, has the id {token_id} in the tokenizer and the "
-                f"model knows {model.vocab_size} tokens: it belongs to another model; name the right one"
-            )
-        return Eyes(cfg, token_id)
+        for text in cfg.tokens:
+            add_special(tokenizer, text)
+        token_ids = tuple(tokenizer.convert_tokens_to_ids(text) for text in cfg.tokens)
+        for text, token_id in zip(cfg.tokens, token_ids, strict=True):
+            if not 0 <= token_id < model.vocab_size:
+                raise ValueError(
+                    f"the token {text!r}, which stands for pictures, has the id {token_id} in the tokenizer and the "
+                    f"model knows {model.vocab_size} tokens: it belongs to another model; name the right one"
+                )
+        return Eyes(cfg, token_ids)
 
     def look(self, row: Row, folder: str) -> tuple[Row, tuple[Seen, ...]]:
         """The row with the model's own text in the places of pictures, and its pictures as far as their size.
@@ -76,34 +76,27 @@ class Eyes:
         if self.cfg is None:
             assert not seen, "refused when they were looked at"
             return list(tokens), None
-        places = [place for place, token in enumerate(tokens) if token == self.token_id]
+        places = [place for place, token in enumerate(tokens) if token in self.token_ids]
         if len(places) != len(seen):
             raise RowError(
                 f"the text has {len(places)} places for pictures ({MARK}), but there are {len(seen)} pictures"
             )
         if not seen:
             return list(tokens), None
-        plans = [plan(each.width, each.height, self.cfg) for each in seen]
+        plans = [plan_of(each, self.cfg) for each in seen]
         times = np.ones(len(tokens), dtype=np.int64)
         times[places] = [each.tokens for each in plans]
         starts = (np.cumsum(times) - times)[places].tolist()
         long = np.repeat(np.array(tokens, dtype=np.int64), times).tolist()
-        patches = [self._patches(each, planned) for each, planned in zip(seen, plans, strict=True)]
+        try:
+            patches = patches_of_all(seen, plans, self.cfg, self.max_pixels)
+        except PictureError as error:
+            raise RowError(str(error)) from error
         pictures, features = gathered(plans, patches, starts, self.cfg)
         rotary = None
         if self.cfg.rotary:
-            shapes = [(at, each.shape) for at, each in zip(starts, plans, strict=True)]
-            rotary = torch.from_numpy(rotary_positions(len(long), shapes))
+            rotary = torch.from_numpy(rotary_of(len(long), starts, seen, plans, self.cfg))
         return long, Sight(pictures, features, rotary)
-
-    def _patches(self, seen: Seen, planned: Any) -> torch.Tensor:
-        assert self.cfg is not None
-        where = seen.where
-        try:
-            image = load(where.content if where.content is not None else where.path or "", self.max_pixels)
-            return patches_of(image, planned, self.cfg)
-        except PictureError as error:
-            raise RowError(f"picture {where}: {error}") from error
 
 
 BLIND = Eyes()

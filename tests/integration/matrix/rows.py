@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "llama_one_kv": ("tiny_llama", ["num_kv_heads=1"]),
     "qwen2": ("tiny_qwen2", []),
     "qwen3": ("tiny_qwen3", []),
+    "qwen2_vl": ("tiny_qwen2_vl", []),
     "mixtral": ("tiny_mixtral", MOE_LOSSES),
     "mixtral_sequence": ("tiny_mixtral", [*MOE_LOSSES, "moe.balance_over=sequence"]),
     "qwen2_moe": ("tiny_qwen2_moe", MOE_LOSSES),
@@ -70,6 +71,7 @@ VISION = {
     ),
 }
 """What a model of the matrix sees with, by the pictures it is shown (``tests.cases.Rows``)."""
+VISION["turned"] = VISION["native"]
 
 
 @functools.cache
@@ -184,6 +186,10 @@ ROWS = [
     row("mixtral_sees_queries", 2, ep=2, zero=2, micro=2),
     row("llama_spread_sees_gated", 2, tp=2, **SP, zero=0, recompute="full", micro=2),
     row("llama_spread_sees_gated", 2, zero=3, micro=1),
+    # positions of time, row and column, which every stage needs; videos
+    row("qwen2_vl_sees_turned", 2, pp=2),
+    row("qwen2_vl_sees_turned", 2, zero=3, micro=2),
+    row("qwen2_vl_sees_turned", 2, tp=2, **SP, zero=0, recompute="full", micro=2),
     # parts of them trained: nothing below or nothing above what is, one layer, several rates
     row("llama_sees_tiles", 2, zero=3, parts=CONNECTOR),
     row("llama_sees_queries", 2, tp=2, **SP, zero=0, micro=2, parts=CONNECTOR),

@@ -53,20 +53,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_is_what_training_shows_before_the_answer(name: str, folder: Path) -> None:
+def test_a_prompt_is_what_training_shows_before_the_answer(name: str, moving: bool, folder: Path) -> None:
     model, tokenizer = replace(MODELS[name], vocab_size=4096), make_tokenizer()
-    rows = (SourceConfig(str(folder / "rows.jsonl")),)
-    sizes: dict[str, Any] = {"seq_len": 512, "micro_batch_rows": 1, "global_batch_rows": 1}
+    rows, shown, asked = (SourceConfig(str(folder / "rows.jsonl")),), {"images": IMAGES}, ASKED
+    if moving:
+        shown |= {"videos": [{"frames": ["a.png"] * 3, "fps": 4}]}
+        asked = [ASKED[0] | {"content": "Of <image>, <video> and <image> which?"}, *ASKED[1:]]
+        (folder / "rows.jsonl").write_text(json.dumps(shown | {"messages": [*asked, ANSWERED[-1]]}))
+    sizes: dict[str, Any] = {"seq_len": 2048, "micro_batch_rows": 1, "global_batch_rows": 1}
     places: dict[str, Any] = {"tokenizer": str(folder / "tokenizer"), "cache_dir": str(folder / "cache")}
     cfg = DataConfig(sources=rows, **sizes, **places)
-    alone: dict[str, Any] = {"tokenizer_folder": None, "seed": 0, "peers": Peers.alone(), "max_seq_len": 512}
+    alone: dict[str, Any] = {"tokenizer_folder": None, "seed": 0, "peers": Peers.alone(), "max_seq_len": 2048}
     data = pipeline.build(cfg, loss_on="assistant", pictures=picture_config(model), **alone)
     batch = data.micro_batch_of(data.order.pieces, data.global_batch(0, 1))
 
     eyes, render = Eyes.of(model, tokenizer), template_renderer(tokenizer, None, "here")
     asking = Asking({}, False, True, eyes, str(folder))
-    request = Prompter(tokenizer, render, eyes).request(asking.asked({"images": IMAGES, "messages": ASKED}, 1))
+    request = Prompter(tokenizer, render, eyes).request(asking.asked(shown | {"messages": asked}, 1))
     length = len(request.prompt)
     assert list(request.prompt) == batch.tokens_T[:length].tolist()
     sight, pictures = request.sight, batch.pictures
@@ -79,7 +84,7 @@ def test_a_prompt_is_what_training_shows_before_the_answer(name: str, folder: Pa
 
     (task,) = tasks.read(RowFile(str(folder / "rows.jsonl"), option="--tasks"), eyes)
     assert isinstance(task, tasks.Task) and task.answers == ("It is.",)
-    assert task.described()["pictures"] == [str(folder / image) for image in IMAGES]
+    assert moving or task.described()["pictures"] == [str(folder / image) for image in IMAGES]
     tokens, shown = TaskEncoder(tokenizer, render, False, eyes).shown(task)
     assert tokens == list(request.prompt) and shown is not None and shown.identity() == sight.identity()
 

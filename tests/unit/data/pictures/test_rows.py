@@ -75,7 +75,7 @@ def test_bytes_are_taken_from_the_row() -> None:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}, {"type": "audio"}]}]},
-            "a content part of type 'audio'; known are text and image",
+            "a content part of type 'audio'; known are text, image and video",
         ),
     ],
 )
