@@ -187,7 +187,7 @@ class Fresh(Tensors):
         """Rows [start, stop) of one tensor, all columns or some."""
         ours, rule = self._of[hf]
         whole = rule.to_hf(self._source.tensor(ours))[hf]
-        found = whole.reshape(-1, whole.shape[-1])[start:stop] if whole.ndim > 1 else whole[start:stop]
+        found = whole.reshape(-1, whole.shape[-1])[start:stop] if whole.ndim > 1 else whole.reshape(-1)[start:stop]
         return (found if columns is None else found[:, slice(*columns)]).clone()
 
 

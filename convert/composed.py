@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from convert import bert
 from convert.adapters import Fresh
 from convert.boxes import Columns, Meta, Tensors
 from convert.from_hf import Folder, hf_shapes, weight_rules
@@ -24,10 +25,13 @@ from convert.opening import open_weights
 from models.config import ModelConfig
 from models.llava import tower_of
 from models.rules import Rule, Unused
+from models.vision.config import QFormerConfig
 from models.vision.rules import tower_rules
 
 Part = Literal["vision", "connector", "decoder"]
-GROWING = ("embed.weight", "head.weight")
+TO_DECODER = "connector.body.proj"
+"""What a Q-Former of the first stage does not have."""
+GROWING = ("embed.weight", "head.weight", "text.words.weight", "text.head.bias")
 MAY_DIFFER = ("vision", "vocab_size", "rope", "max_seq_len", "sliding_window", "full_attention_layers", "init_std")
 """What of a decoder's config may be another than that of the folder it comes from; more words only."""
 HOW_PICTURES_ENTER = ("feature_layer", "final_norm", "keep_class")
@@ -104,10 +108,15 @@ def found_in(model: ModelConfig, part: Part, folder: str) -> dict[str, Found]:
         ValueError: it does not hold the part, or another one than the model's.
     """
     wanted = {name: rule for name, rule in weight_rules(model)[0].items() if _part_of(name) == part}
-    tensors, rules = _tower_in(model, folder) if part == "vision" else _model_in(model, part, folder)
-    shapes, found = hf_shapes(model), {}
+    if part != "vision" and bert.config_of(folder) is not None and model.family == "bert":
+        tensors, rules = bert.open_bert(model, folder)
+    else:
+        tensors, rules = _tower_in(model, folder) if part == "vision" else _model_in(model, part, folder)
+    shapes, found, fresh = hf_shapes(model), {}, fresh_names(model, part, folder)
     for name, rule in wanted.items():
         theirs = rules.get(name)
+        if theirs is None and name in fresh:
+            continue
         if theirs is None:
             raise ValueError(f"{folder} does not hold the {part} of the model: there is no {name}")
         for hf, other in zip(rule.sources, theirs.sources, strict=True):
@@ -123,9 +132,29 @@ def found_in(model: ModelConfig, part: Part, folder: str) -> dict[str, Found]:
     return found
 
 
+def fresh_names(model: ModelConfig, part: Part, folder: str) -> frozenset[str]:
+    """The parameters of a part that a folder need not hold: between a Q-Former of the first stage and a decoder the
+    layer that joins them; of a Q-Former that starts from a BERT all that this does not have."""
+    config = bert.config_of(folder)
+    if model.family == "bert" and config is not None:
+        rules = {rule.ours for rule in bert.bert_rules(model)} - {"text.head.bias"}
+        return frozenset(name for name in weight_rules(model)[0] if name not in rules or name.startswith("text.head."))
+    if part == "connector" and not model.compares and open_weights(folder).cfg.compares:
+        return frozenset(name for name in weight_rules(model)[0] if name.startswith(f"{TO_DECODER}."))
+    return frozenset()
+
+
+def new_tensors(model: ModelConfig, part: Part, folder: str) -> list[str]:
+    """The parameters of a part that start fresh because a folder does not have them."""
+    held = found_in(model, part, folder)
+    return [name for name, rule in weight_rules(model)[0].items()
+            if _part_of(name) == part and not held.keys() & set(rule.sources)]  # fmt: skip
+
+
 def new_words(model: ModelConfig, folder: str) -> int:
     """Rows of the vocabulary that a model has more than the decoder in a folder."""
-    return model.vocab_size - open_weights(folder).cfg.vocab_size
+    config = bert.config_of(folder)
+    return model.vocab_size - (open_weights(folder).cfg.vocab_size if config is None else config["vocab_size"])
 
 
 def _part_of(name: str) -> str:
@@ -143,6 +172,8 @@ def _model_in(model: ModelConfig, part: Part, folder: str) -> tuple[Tensors, Map
     else:
         assert model.vision is not None
         theirs, ours = opened.cfg.vision.connector, model.vision.connector
+        if isinstance(ours, QFormerConfig) and isinstance(theirs, QFormerConfig):
+            theirs = dataclasses.replace(theirs, width=ours.width)  # of the first stage only
         if theirs != ours:
             raise ValueError(f"{folder} holds another connector: {theirs} against the model's {ours}")
         theirs, ours = opened.cfg.vision.cross, model.vision.cross

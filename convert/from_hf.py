@@ -82,13 +82,13 @@ def open_hf(folder: str | Path) -> Opened:
 def fitting(where: Path, cfg: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The names a model takes of the tensors found somewhere, in the model's order; every one of them has its shape.
 
-    A scalar head may be missing: it starts from fresh weights. Tensors known to have no place are told in a warning.
+    Some may be missing and start from fresh weights (`lacking`). Tensors known to have no place are told in a warning.
 
     Raises:
         ValueError: tensors are missing, have another shape, or belong to another model; names the first five.
     """
     expected = hf_shapes(cfg)
-    fresh = {"score.weight"} - set(found) if cfg.head == "scalar" else set()
+    fresh = lacking(cfg, found)
     missing = [name for name in expected if name not in found and name not in fresh]
     unequal = [
         f"{name}: {list(found[name])} in the file, {list(shape)} by the config"
@@ -109,6 +109,16 @@ def fitting(where: Path, cfg: ModelConfig, found: Mapping[str, tuple[int, ...]])
             "its config and weights belong to different models: fetch the folder again."
         )
     return [name for name in expected if name not in fresh]
+
+
+def lacking(cfg: ModelConfig, found: Iterable[str]) -> set[str]:
+    """The Hugging Face names that are not among those found, and need not be: a scalar head (of a language model
+    becoming a reward model), and what only training needs in the family's own checkpoints."""
+    may_lack = getattr(family_of(cfg), "may_lack", None)
+    wanted = {"score.weight"} if cfg.head == "scalar" else set()
+    if may_lack is not None:
+        wanted |= {hf for hf in hf_shapes(cfg) if may_lack(hf)}
+    return wanted - set(found)
 
 
 def _leave_out(where: Path, cfg: ModelConfig, names: list[str]) -> list[str]:

@@ -66,7 +66,7 @@ class Trained(Tensors):
         if self._last is None or self._last[0] != name:
             self._last = name, self._rules[name].to_hf(self.checkpoint.tensor(name))
         whole = self._last[1][hf]
-        found = whole.reshape(-1, whole.shape[-1])[start:stop] if whole.ndim > 1 else whole[start:stop]
+        found = whole.reshape(-1, whole.shape[-1])[start:stop] if whole.ndim > 1 else whole.reshape(-1)[start:stop]
         return found if columns is None else found[:, slice(*columns)]
 
 

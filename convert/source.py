@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from convert.boxes import boxes
-from convert.from_hf import fitting, weight_rules, whole_shapes
+from convert.from_hf import fitting, lacking, weight_rules, whole_shapes
 from convert.opened import Opened
 from models.config import ModelConfig
 from models.init import InitSource
@@ -19,20 +19,21 @@ BLOCK_BYTES = 64 * 2**20
 class Source(TensorSource):
     """Weights by Loom's parameter names from an opened checkpoint, fp32 on the CPU.
 
-    A scalar head whose weights it lacks (a language model becoming a reward model) is drawn from `seed`.
+    What it lacks and need not have (a scalar head of a language model becoming a reward model; see
+    `convert.from_hf.lacking`) is drawn from `seed`.
 
     Args:
         opened: the checkpoint; no more is read of it than what is asked for.
         cfg: the model to be filled; what changes no tensor (rope, a scalar head) may differ from the checkpoint's.
-        seed: of a fresh scalar head.
+        seed: of what is fresh.
     """
 
     def __init__(self, opened: Opened, cfg: ModelConfig, seed: int = 0) -> None:
         self.opened, self.cfg = opened, cfg
         self._shapes, self._rules = whole_shapes(cfg), weight_rules(cfg)[0]
-        self._fresh: InitSource | None = None
-        if cfg.head == "scalar" and "score.weight" not in opened.tensors.metas:
-            self._fresh = InitSource(cfg, seed)
+        lacks = lacking(cfg, opened.tensors.metas)
+        self._lacks = {name for name, rule in self._rules.items() if lacks.intersection(rule.sources)}
+        self._fresh = InitSource(cfg, seed) if self._lacks else None
 
     def check(self) -> None:
         """Compare every name and shape with the model, reading no value.
@@ -46,7 +47,7 @@ class Source(TensorSource):
     @property
     def fresh_head(self) -> bool:
         """Whether the scalar head starts from fresh weights, because the checkpoint has none."""
-        return self._fresh is not None
+        return "head.weight" in self._lacks
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor of our parameter or buffer `name`."""
@@ -54,7 +55,7 @@ class Source(TensorSource):
 
     def part(self, name: str, shard: Shard, cut: Cut) -> torch.Tensor:
         """What `cut` gives of it. Rows that are padding are zeros."""
-        if self._fresh is not None and name == "head.weight":
+        if self._fresh is not None and name in self._lacks:
             return self._fresh.part(name, shard, cut)
         whole = self._shapes[name]
         out = torch.zeros(shard.local_shape(whole, cut))

@@ -11,7 +11,7 @@ from typing import Any
 from models.building import Model, build
 from models.config import ModelConfig, RopeConfig, Runtime
 from models.decoder import Chunk, Decoder
-from models.families import FAMILIES, family_of, problems
+from models.families import FAMILIES, family_in, family_of, problems
 
 __all__ = [
     "FAMILIES",
@@ -54,7 +54,7 @@ def config_from_hf_folder(path: str | Path) -> ModelConfig:
     if family not in FAMILIES:
         raise ValueError(f"{file} says model_type={family!r}; the families here are {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[family].from_hf_config(config)
+        return family_in(config).from_hf_config(config)
     except ValueError as err:
         raise ValueError(f"{file}: {err}") from err
 

@@ -51,9 +51,16 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
             f"config.json has a text_config of model_type={decoder!r}, which is not a decoder here ({known}). Its "
             "tower and Q-Former can be put before another: model=blip2_vicuna_7b has them"
         )
-    given, asked = SIZES | dict(required(config, "vision_config")), QFORMER | dict(required(config, "qformer_config"))
-    if asked.get("use_qformer_text_input"):
+    if (config.get("qformer_config") or {}).get("use_qformer_text_input"):
         raise ValueError("config.json has use_qformer_text_input=true (InstructBLIP); the queries here read no words")
+    tower, connector = parts_of(config)
+    images = images_of(config, mode="fixed", fit="squash")
+    return with_eyes(config, VisionConfig("blip2", tower, connector, images))
+
+
+def parts_of(config: Mapping[str, Any]) -> tuple[TowerConfig, QFormerConfig]:
+    """Tower and Q-Former of any config.json of type `blip-2`."""
+    given, asked = SIZES | dict(required(config, "vision_config")), QFORMER | dict(required(config, "qformer_config"))
     if asked["hidden_act"] != "gelu":
         raise ValueError(f"config.json asks for a Q-Former with hidden_act={asked['hidden_act']!r}; gelu can be")
     tower = TowerConfig(
@@ -78,21 +85,28 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
         num_heads=asked["num_attention_heads"],
         cross_every=asked["cross_attention_frequency"],
         norm_eps=float(asked["layer_norm_eps"]),
+        width=config.get("image_text_hidden_size", 256),
     )
-    images = images_of(config, mode="fixed", fit="squash")
-    return with_eyes(config, VisionConfig("blip2", tower, connector, images))
+    return tower, connector
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
     """The content of a config.json of type `blip-2`."""
-    vision = cfg.vision
-    assert vision is not None and isinstance(vision.connector, QFormerConfig)
-    tower, qformer = vision.tower, vision.connector
-    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    assert cfg.vision is not None
     return {
         "model_type": "blip-2",
         "architectures": ["Blip2ForConditionalGeneration"],
         "text_config": text_config(cfg),
+        "image_token_index": token_of(cfg),
+    } | sections_of(cfg.vision)
+
+
+def sections_of(vision: VisionConfig) -> dict[str, Any]:
+    """What all config.json of type `blip-2` say of tower and Q-Former."""
+    tower, qformer = vision.tower, vision.connector
+    assert isinstance(qformer, QFormerConfig)
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    return {
         "vision_config": {
             "model_type": "blip_2_vision_model",
             "hidden_size": tower.hidden_size,
@@ -116,7 +130,7 @@ def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
             "encoder_hidden_size": tower.hidden_size,
         },
         "num_query_tokens": qformer.queries,
-        "image_token_index": token_of(cfg),
+        "image_text_hidden_size": qformer.width,
     }
 
 
@@ -126,35 +140,37 @@ def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
     assert vision is not None and isinstance(vision.connector, QFormerConfig)
     yield from tower_rules(vision.tower, "vision_model.")
     yield Rename("connector.body.queries", "query_tokens")
-    yield from _qformer(vision.connector)
-    yield from _both("connector.body.proj", "language_projection")
+    yield from qformer_rules(vision.connector)
+    yield from both("connector.body.proj", "language_projection")
     yield from (renamed(rule, "language_model.") for rule in TEXT_FAMILIES[cfg.family].rules(cfg))
 
 
 def problems(cfg: ModelConfig) -> list[Problem]:
     """Settings that BLIP-2's checkpoints cannot express."""
     fixed = {"tower.kind": "blip2", "tower.feature_layer": -1, "tower.final_norm": True, "tower.keep_class": True}
-    return always(cfg, fixed | {"connector.name": "qformer", "connector.vocab_size": 0, "images.mode": "fixed"})
+    return always(cfg, fixed | {"connector.name": "qformer", "images.mode": "fixed"})
 
 
-def _both(ours: str, hf: str) -> Iterator[Rule]:
+def both(ours: str, hf: str) -> Iterator[Rule]:
+    """Weight and bias under another name."""
     for kind in ("weight", "bias"):
         yield Rename(f"{ours}.{kind}", f"{hf}.{kind}")
 
 
-def _qformer(cfg: QFormerConfig) -> Iterator[Rule]:
-    yield from _both("connector.body.norm", "qformer.layernorm")
+def qformer_rules(cfg: QFormerConfig) -> Iterator[Rule]:
+    """Every tensor of a Q-Former's queries, but for these themselves and the layer to a decoder."""
+    yield from both("connector.body.norm", "qformer.layernorm")
     for i in range(cfg.num_layers):
         own, theirs = f"connector.body.layers.{i}.", f"qformer.encoder.layer.{i}."
         reads = {"cross": "crossattention"} if i % cfg.cross_every == 0 else {}
         for ours, hf in ({"attn": "attention"} | reads).items():
             inner = f"{theirs}{hf}.attention."
-            yield from _both(f"{own}{ours}.q", f"{inner}query")
+            yield from both(f"{own}{ours}.q", f"{inner}query")
             for kind in ("weight", "bias"):
                 yield Concat(f"{own}{ours}.kv.{kind}", (f"{inner}key.{kind}", f"{inner}value.{kind}"),
                              (cfg.hidden_size,) * 2)  # fmt: skip
-            yield from _both(f"{own}{ours}.out", f"{theirs}{hf}.output.dense")
-            yield from _both(f"{own}{ours}_norm", f"{theirs}{hf}.output.LayerNorm")
-        yield from _both(f"{own}mlp.up", f"{theirs}intermediate_query.dense")
-        yield from _both(f"{own}mlp.down", f"{theirs}output_query.dense")
-        yield from _both(f"{own}mlp_norm", f"{theirs}output_query.LayerNorm")
+            yield from both(f"{own}{ours}.out", f"{theirs}{hf}.output.dense")
+            yield from both(f"{own}{ours}_norm", f"{theirs}{hf}.output.LayerNorm")
+        yield from both(f"{own}mlp.up", f"{theirs}intermediate_query.dense")
+        yield from both(f"{own}mlp.down", f"{theirs}output_query.dense")
+        yield from both(f"{own}mlp_norm", f"{theirs}output_query.LayerNorm")

@@ -10,9 +10,10 @@ from models import decoder
 from models.config import ModelConfig, Runtime
 from models.decoder import PLAIN, Chunk, Decoder
 from models.dual.encoder import DualEncoder
+from models.dual.qformer import QFormerPair
 from parallel.sharding import SINGLE, Place
 
-Model = Decoder | DualEncoder
+Model = Decoder | DualEncoder | QFormerPair
 
 
 def build(cfg: ModelConfig, place: Place = SINGLE, runtime: Runtime = PLAIN, chunk: Chunk | None = None) -> Any:
@@ -25,4 +26,4 @@ def build(cfg: ModelConfig, place: Place = SINGLE, runtime: Runtime = PLAIN, chu
         return decoder.build(cfg, place, runtime, chunk)
     assert chunk is None or chunk == Chunk.whole(cfg), "a model that compares is no pipeline"
     with torch.device("meta"):
-        return DualEncoder(cfg, place, runtime)
+        return (QFormerPair if cfg.family == "bert" else DualEncoder)(cfg, place, runtime)

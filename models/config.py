@@ -147,7 +147,7 @@ class MLAConfig:
     """Size of the latent queries are made from; null makes them from the hidden state."""
 
 
-COMPARING = ("clip", "siglip")
+COMPARING = ("clip", "siglip", "bert")
 """Families whose text side is an encoder."""
 
 
@@ -156,7 +156,17 @@ class ModelConfig:
     """Everything that decides a model's parameters and what it computes."""
 
     family: Literal[
-        "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "clip", "siglip"
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "clip",
+        "siglip",
+        "bert",
     ]
     """Of the decoder; clip, siglip: no decoder but a text encoder beside the tower, and both are compared."""
     vocab_size: int

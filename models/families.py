@@ -3,7 +3,10 @@
 A model that sees has two: `family` is its decoder's, `vision.format` that of the whole.
 """
 
-from models import blip2, clip, internvl, llava, llava_next, qwen2_5_vl, qwen2_vl, seeing, siglip
+from collections.abc import Mapping
+from typing import Any
+
+from models import blip2, blip2_itm, clip, internvl, llava, llava_next, qwen2_5_vl, qwen2_vl, seeing, siglip
 from models.config import ModelConfig, Problem
 from models.dual.checks import misplaced
 from models.text_families import TEXT_FAMILIES, Family
@@ -17,10 +20,16 @@ SEEING: dict[str, Family] = {
     "qwen2_5_vl": qwen2_5_vl,
     "clip": clip,
     "siglip": siglip,
+    "blip2_itm": blip2_itm,
     "loom_vlm": seeing,
 }
 """clip, siglip: pairs of encoders; their `family` has the same name."""
 FAMILIES: dict[str, Family] = TEXT_FAMILIES | SEEING
+
+
+def family_in(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, whose type has to be among FAMILIES."""
+    return blip2_itm if blip2_itm.is_pair(config) else FAMILIES[config["model_type"]]
 
 
 def family_of(cfg: ModelConfig) -> Family:

@@ -22,6 +22,7 @@ from trainer.typed import build as typed_build
 CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
 PARTS = {"embed": "embedding", "attn": "attention", "mlp": "mlp", "head": "head"}
 PARTS |= {"positions": "embedding", "qkv": "attention", "out": "attention", "temperature": "head"}  # text encoders
+PARTS |= {"words": "embedding", "match": "head", "image_proj": "head", "text_proj": "head"}  # and a Q-Former's
 SIGHT = ("vision", "connector")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.adapters import fingerprint
-from convert.composed import Part, composed, found_in, new_words
+from convert.composed import Part, composed, found_in, new_tensors, new_words
 from convert.loom_files import Checkpoint
 from convert.opened import Opened
 from convert.part_runs import Over
@@ -99,7 +100,17 @@ def _start_notes(cfg: RunConfig) -> list[str]:
     words += [f"{' and '.join(fresh)} fresh"] if fresh else []
     more = new_words(cfg.model, named["decoder"]) if "decoder" in named else 0
     words += [f"{more} rows of the vocabulary fresh"] if more else []
+    lacks = [name for part, folder in named.items() for name in new_tensors(cfg.model, part, folder)]
+    words += [f"{len(lacks)} tensors fresh that these do not have ({modules_of(lacks)})"] if lacks else []
     return ["starts with " + ", ".join(words)]
+
+
+def modules_of(names: Sequence[str]) -> str:
+    """The modules that parameters belong to, each layer's part once for all layers: `connector.body.layers.*.cross`."""
+    found = dict.fromkeys(
+        re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight").removesuffix(".bias") for name in names
+    )
+    return ", ".join(found)
 
 
 def _trained_notes(cfg: RunConfig) -> list[str]:

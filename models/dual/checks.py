@@ -22,6 +22,8 @@ ONLY_DECODERS = (
     "head",
 )
 """Settings that a text encoder does not read: it has learnt positions, and biases everywhere."""
+FORMATS = {"clip": "clip", "siglip": "siglip", "bert": "blip2_itm"}
+"""The `vision.format` of each family."""
 
 
 def pair_problems(cfg: ModelConfig, tower: Mapping[str, object]) -> list[Problem]:
@@ -76,12 +78,13 @@ def misplaced(cfg: ModelConfig) -> list[Problem]:
             return []
         reason = f"a model of family {cfg.family} compares texts with pictures"
         return [("vision", None, reason, "a section model.vision (see conf/model/tiny_clip.yaml)")]
-    if cfg.compares and vision.format != cfg.family:
+    if cfg.compares and vision.format != FORMATS[cfg.family]:
         reason = f"a model of family {cfg.family} is no {vision.format}"
-        return [("vision.format", vision.format, reason, f"model.vision.format={cfg.family}")]
-    if not cfg.compares and vision.format in ("clip", "siglip"):
+        return [("vision.format", vision.format, reason, f"model.vision.format={FORMATS[cfg.family]}")]
+    if not cfg.compares and vision.format in FORMATS.values():
         reason = f"is a text encoder beside a tower, and model.family={cfg.family} is a decoder"
-        return [("vision.format", vision.format, reason, f"model.family={vision.format}, or model.vision.format=loom")]
+        family = next(name for name, form in FORMATS.items() if form == vision.format)
+        return [("vision.format", vision.format, reason, f"model.family={family}, or model.vision.format=loom")]
     if not cfg.compares and isinstance(vision.connector, PooledConfig):
         reason = f"makes one vector of a picture to compare, and model.family={cfg.family} is a decoder"
         return [("vision.connector.name", vision.connector.name, reason, "model.vision.connector.name=mlp")]

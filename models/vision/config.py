@@ -150,10 +150,8 @@ class QFormerConfig:
     cross_every: int = 2
     """Every so many layers, from the first, read the tower's features."""
     norm_eps: float = 1e-12
-    vocab_size: int = 0
-    """Words it reads itself, in its own first stage (stage=qformer); 0 = queries only."""
-    max_text: int = 512
-    """Positions of those words."""
+    width: int = 256
+    """Of the space where pictures and texts are compared, in its own first stage (stage=qformer)."""
 
     @property
     def block(self) -> int:
@@ -284,7 +282,9 @@ class CrossConfig:
 class VisionConfig:
     """Everything a model has besides its decoder to see pictures."""
 
-    format: Literal["llava", "llava_next", "internvl", "blip2", "qwen2_vl", "qwen2_5_vl", "clip", "siglip", "loom"]
+    format: Literal[
+        "llava", "llava_next", "internvl", "blip2", "qwen2_vl", "qwen2_5_vl", "clip", "siglip", "blip2_itm", "loom"
+    ]
     """Whose names and config.json its checkpoints have; loom: our own, for parts that were never put together so."""
     tower: TowerConfig
     connector: ConnectorConfig

@@ -39,7 +39,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """[B S, D'] -> [B Q, D]: the layers, and a linear layer to the decoder's width."""
+    """[B S, D'] -> [B Q, D]: the layers, and a linear layer to the decoder's width; of a width of 0 there is none."""
 
     def __init__(self, cfg: VisionConfig, width: int, place: Place, recompute: bool) -> None:
         super().__init__()
@@ -49,10 +49,11 @@ class QFormer(nn.Module):
         self.queries = parameter((1, own.queries, own.hidden_size), REPLICATED, "normal", place)  # as its checkpoints
         self.norm = LayerNorm(own.hidden_size, own.norm_eps, place)
         self.layers = nn.ModuleList(QFormerLayer(own, i, features, place) for i in range(own.num_layers))
-        self.proj = Linear(own.hidden_size, width, True, place)
+        self.proj = Linear(own.hidden_size, width, True, place) if width else None
 
     def forward(self, features: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> torch.Tensor:
-        return self.proj(self.read(features, len(grids)))
+        x = self.read(features, len(grids))
+        return x if self.proj is None else self.proj(x)
 
     def read(self, features: torch.Tensor, tiles: int) -> torch.Tensor:
         """What the queries of each tile have read, [B Q, W]."""
