@@ -29,7 +29,8 @@ class SourceConfig:
     """How often a sample is seen in one epoch: 2 = twice, 0.5 = half of them, drawn anew each epoch; 0 = never."""
     format: str = "auto"
     """auto (from the first rows' fields and what the stage learns from) | text | messages | sharegpt | alpaca |
-    prompt_completion; of preferences preference | unpaired; of prompts prompt | messages | sharegpt | preference."""
+    prompt_completion; of preferences preference | unpaired; of prompts prompt | messages | sharegpt | preference; of
+    captions caption | messages | sharegpt | text."""
     as_chat: bool = False
     """A prompt that is a string becomes a user's message, the answers to it the assistant's, written down by the chat
     template; else such rows are plain text."""

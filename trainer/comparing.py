@@ -12,7 +12,7 @@ from torch import nn
 from data.batch import MicroBatch, Row
 from parallel.features import Shares
 from parallel.groups import Groups
-from trainer.contrast import Compared, feature_gradients, of_all
+from trainer.contrast import Compared, Pull, feature_gradients, of_all
 from trainer.preparation import Scorer
 from trainer.retrieval import Candidates, caption_keys
 from trainer.stages.clip import Clip, PairBatch, pairs_of
@@ -38,15 +38,17 @@ class Comparing:
         features, scalars = [(each.image_NW, each.text_NW) for each in encoded], encoded[0][2:]
         assert all(len(image_NW) == len(key_N) for (image_NW, _), key_N in zip(features, keys, strict=True))
         features = [(image_NW, text_NW[: len(image_NW)]) for image_NW, text_NW in features]  # one fills up
+        compared = features, scalars
 
         def ask(sides: Compared) -> list[torch.Tensor]:
-            return [self.stage.loss_of(sides), *self.stage.found(sides, candidates)]
+            return self.stage.found(sides, candidates)
 
-        told = of_all(ask, features, scalars, shares)
-        terms = [self.stage.terms(batch, each[0], each[1:]) for batch, each in zip(batches, told, strict=True)]
+        pulls: Sequence[Pull | None] = [None] * len(batches)
         if rows is None:
-            return [PairBatch(batch, shares, terms_CK=each) for batch, each in zip(batches, terms, strict=True)]
-        _, pulls = feature_gradients(self.stage.loss_of, features, scalars, shares)
+            losses = [loss_N for (loss_N,) in of_all(lambda sides: [self.stage.loss_of(sides)], *compared, shares)]
+        else:
+            losses, pulls = feature_gradients(self.stage.loss_of, *compared, shares)
+        terms = map(self.stage.terms, batches, losses, of_all(ask, *compared, shares))
         ready = zip(batches, pulls, terms, strict=True)
         return [PairBatch(batch, shares, pull=pull, terms_CK=each) for batch, pull, each in ready]
 
