@@ -172,6 +172,7 @@ def inspect(args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]
     check_out(args.out, args.png)
     documents = read_documents(args.text, args.text_file)
     opened = open_weights(args.model)
+    opened.check_decoder()
     cfg = opened.cfg
     layers, heads = choose(args.layers, cfg.num_layers, "layer"), choose(args.heads, cfg.num_heads, "head")
     if not 1 <= args.topk <= cfg.vocab_size:
@@ -179,7 +180,11 @@ def inspect(args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]
     folder = find_tokenizer(opened, args.tokenizer)
     tokenizer = load_tokenizer(str(folder), "--tokenizer")
     text = Encoder(tokenizer, opened, folder, args.chat, args.answer).encode(documents, args.image)
-    words = find_words(args.word, text)
+    apart = cfg.vision is not None and cfg.vision.cross is not None
+    if apart and args.word:
+        reason = "the model reads pictures in layers of their own (model.vision.cross), whose weights are not drawn"
+        raise ValueError(f"--word: {reason}; leave it out")
+    words = [] if apart else find_words(args.word, text)
     lm = cfg.head == "lm"
     targets_T = positions_and_targets(text.tokens_T, text.borders, text.pictures)[1]
     gradients = lm and not args.no_gradients and bool((targets_T >= 0).any())
@@ -191,7 +196,7 @@ def inspect(args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]
     facts, warnings = facts_of(opened, text, findings), warnings_of(findings)
     numbers = {"model": dict(facts), **numbers_of(findings, texts.__getitem__)}
     parts = list(tqdm(sections(findings, inspection, texts.__getitem__), desc="pictures", unit="part", disable=None))
-    if text.shown:
+    if text.shown and not apart:
         looks = gather_looks(inspection, text, words, layers, heads)
         reads = inspection.recording.reads_BQS is not None
         parts.insert(0, section_of(looks, text, layers, heads, reads))

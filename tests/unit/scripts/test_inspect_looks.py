@@ -115,6 +115,16 @@ def test_runs_and_all_kinds_of_connectors(here: Path, name: str) -> None:
     assert ("learnt queries" in Path("a.html").read_text()) == (name == "tiny_perceiver")
 
 
+def test_pictures_that_are_read_apart_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(here / "run", dataclasses.replace(sized("tiny_flamingo"), vocab_size=24, max_seq_len=128))
+    own = ["--model", "run", "--tokenizer", "reader", "--text", "abc", "--out", "a.html", "--image", "a.png"]
+    assert inspect_model.main(own) == 0
+    found = json.loads(Path("a.json").read_text())
+    assert "looks" not in found and [each["text"] for each in found["tokens"]].count("<image>") == 1
+    assert inspect_model.main([*own, "--word", "b"]) == 2
+    assert "in layers of their own (model.vision.cross)" in capsys.readouterr().err
+
+
 def test_questions_and_answers_by_the_chat_template(here: Path) -> None:
     model = folder_of("tiny_llava", here / "hf", here / "reader")
     (model / "chat_template.jinja").write_text(TEMPLATE)
