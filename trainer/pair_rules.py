@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 FAMILIES = {"clip": ("clip", "siglip"), "qformer": ("bert",)}
 """Families of models that a stage trains; all others train decoders."""
+SMALL = {"clip": "tiny_clip", "qformer": "tiny_blip2_itm"}
+"""The smallest model of each, to show."""
 
 
 def problems(cfg: RunConfig) -> list[Problem]:
@@ -24,7 +26,8 @@ def _stage(cfg: RunConfig) -> Iterator[Problem]:
     wanted = FAMILIES.get(stage)
     if wanted is not None and family not in wanted:
         reason = f"compares pictures with texts, and a model of model.family={family} does not do so its way"
-        yield Problem("stage.name", stage, reason, f"a model of family {' or '.join(wanted)} (such as model=tiny_clip)")
+        way = f"a model of family {' or '.join(wanted)} (such as model={SMALL[stage]})"
+        yield Problem("stage.name", stage, reason, way)
     elif wanted is None and cfg.model.compares:
         mine = next((name for name, families in FAMILIES.items() if family in families), "clip")
         reason = f"is a pair of encoders that are compared, and stage.name={stage} needs a decoder"
@@ -42,3 +45,18 @@ def _pair(cfg: RunConfig) -> Iterator[Problem]:
         rows = cfg.data.global_batch_rows
         reason = "a row is a pair, and one alone has no other to be told from: its loss is 0"
         yield Problem("data.global_batch_rows", rows, reason, "data.global_batch_rows=64; the more the better")
+    if cfg.model.family == "bert":
+        yield from _qformer(cfg)
+
+
+def _qformer(cfg: RunConfig) -> Iterator[Problem]:
+    word, words = getattr(cfg.stage, "first_word", None), cfg.model.vocab_size
+    if word is not None and word >= words:
+        reason = f"is no word of the model, which has model.vocab_size={words}"
+        yield Problem(
+            "stage.first_word", word, reason, f"stage.first_word={words - 1}, or null for the tokenizer's own"
+        )
+    last = cfg.optim.parts.decoder.last_layers
+    if last is not None:
+        reason = "counts layers of a decoder, and the texts of a Q-Former share theirs with the queries (connector)"
+        yield Problem("optim.parts.decoder.last_layers", last, reason, "optim.parts.decoder.last_layers=null")
