@@ -26,3 +26,16 @@ class Opened:
     """How it is cut, where it is Megatron's."""
     chat_template: Path | None = None
     """A file with the chat template the model was trained with, where that is not the one in `files`."""
+
+    def check_decoder(self) -> None:
+        """That what lies here reads a text token by token.
+
+        Raises:
+            ValueError: it is a pair of encoders.
+        """
+        if self.cfg.compares:
+            raise ValueError(
+                f"{self.path} holds a pair of encoders (family {self.cfg.family}), which compares pictures with texts: "
+                "it gives tokens no probability and writes no text; give a model with a decoder, which such a "
+                "tower may be a part of (init_parts.vision)"
+            )

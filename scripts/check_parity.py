@@ -38,6 +38,7 @@ TEXTS = (
 def load_ours(folder: str, attention: Any) -> Decoder:
     """The decoder with the folder's weights, fp32 on the CPU."""
     opened = open_hf(folder)
+    opened.check_decoder()
     model = build(opened.cfg, SINGLE, Runtime(attention=attention))
     materialise(model, Source(opened, opened.cfg), WHOLE, torch.device("cpu"))
     return model

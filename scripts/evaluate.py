@@ -84,6 +84,7 @@ def _measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
     sampling = _sampling(args)
     run = _run_config(args.run) if args.run else None
     opened, virtual = open_beside(Path(args.model or args.run))
+    opened.check_decoder()
     precision = args.precision or (run.engine.precision if run else "fp32")
     theirs = run.data.tokenizer if run and run.data.tokenizer and Path(run.data.tokenizer).is_dir() else None
     folder = tokenizer_folder(args.tokenizer or theirs, opened)

@@ -68,6 +68,7 @@ def open_text_model(
             or the chat template cannot be used.
     """
     opened, virtual = open_beside(Path(path))
+    opened.check_decoder()
     if opened.cfg.head != "lm":
         raise ValueError(f"{opened.path} has a scalar head (a reward or value model): it writes no text")
     folder = tokenizer_folder(tokenizer, opened)

@@ -39,6 +39,17 @@ def test_recompute_changes_no_bit(name: str, alone: dict[str, dict[str, Any]]) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_bf16_stays_near(name: str, alone: dict[str, dict[str, Any]]) -> None:
+    """Under autocast vectors stay fp32 and of length 1, within 0.05 of the fp32 ones; as many weights learn."""
+    with torch.autocast("cpu", torch.bfloat16):
+        low = encoded(name, recompute="full")
+    for key in ("image_NW", "text_NW"):
+        assert low[key].dtype is torch.float32 and (low[key] - alone[name][key]).norm(dim=1).max() < 0.05
+        torch.testing.assert_close(low[key].norm(dim=1), torch.ones(len(LENGTHS)), rtol=0, atol=1e-5)
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in low["grads"].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_how_pairs_are_put_together_changes_nothing(name: str, alone: dict[str, dict[str, Any]]) -> None:
     """Vectors and every gradient of one micro-batch and of two, 1e-5."""
     found = encoded(name, parts=2)
