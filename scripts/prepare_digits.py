@@ -9,6 +9,7 @@ writes into assets/digits/
     held_out.jsonl         conversations about the others
     mismatched.jsonl       the held-out conversations with a picture of another digit: who answers these was not looking
     blind.jsonl, blind_held_out.jsonl     the conversations without their pictures, for a baseline that cannot see
+    pairs.jsonl, held_out_pairs.jsonl     the questions of train and held_out, a right and a wrong answer to each
     captions/00000.png ...    pictures of 56 x 56: two digits in two of the four quarters, moved by up to two pixels
     captions.jsonl, captions_held_out.jsonl   their captions, 400 different ones ("a three above a seven"), in a channel
                            for each way in which two digits can lie
@@ -26,6 +27,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from prepare_arithmetic import write_tokenizer
@@ -43,6 +45,8 @@ QUESTIONS: dict[str, tuple[str, Callable[[int], str]]] = {
     "next": ("Which comes after it?", lambda digit: str(digit + 1)),
     "parity": ("Even or odd?", lambda digit: ("even", "odd")[digit % 2]),
 }
+PAIRS = {"pairs": "train", "held_out_pairs": "held_out"}
+"""Files of pairs, and whose questions they ask."""
 
 CAPTIONS, CAPTIONS_HELD_OUT = 16_000, 500
 """Pictures of two digits."""
@@ -75,6 +79,15 @@ def conversation(picture: str | None, channel: str, digit: int) -> dict[str, obj
     shown = question if picture is None else f"<image>{question}"
     said = [{"role": "user", "content": shown}, {"role": "assistant", "content": answer(digit)}]
     return {**({} if picture is None else {"images": [picture]}), "messages": said, "channel": channel}
+
+
+def pair(row: dict[str, Any], draw: random.Random) -> dict[str, object]:
+    """The same question with its answer and a wrong one, which is the answer about another digit."""
+    question, right = row["messages"]
+    answer = QUESTIONS[row["channel"]][1]
+    wrong = draw.choice(sorted({answer(digit) for digit in range(10)} - {right["content"]}))
+    said = {"prompt": [question], "chosen": [right], "rejected": [{**right, "content": wrong}]}
+    return {"images": row["images"], **said, "channel": row["channel"]}
 
 
 def moved(image: Image.Image, draw: random.Random) -> Image.Image:
@@ -113,6 +126,8 @@ def write_data(folder: Path, seed: int) -> dict[str, int]:
         "blind": [conversation(None, channel, digit) for _, digit in rest for channel in QUESTIONS],
         "blind_held_out": [conversation(None, channel, digit) for _, digit in held for channel in QUESTIONS],
     }
+    wrong = random.Random(f"{seed} pairs")  # draws of their own: the other files stay as they are
+    files |= {name: [pair(row, wrong) for row in files[of]] for name, of in PAIRS.items()}
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {name: len(rows) for name, rows in files.items()}

@@ -19,7 +19,7 @@ def sharing_fault(model: ModelConfig, layout: ParallelConfig) -> Fault | None:
     if model.moe is not None:
         reason = "has routers, which would count a token once that belongs to several documents"
         return "model.moe", "set", reason, "a model without experts"
-    if getattr(model.vision, "cross", None) is not None:
+    if model.vision is not None and model.vision.cross is not None:
         reason = "has each token read the pictures before it, and those of a beginning are one document's alone"
         return "model.vision.cross", "set", reason, "a model whose features stand among the tokens"
     return None

@@ -77,6 +77,7 @@ RUNS = {"arithmetic_sft": "LlamaForCausalLM", "arithmetic_reward": "LlamaForSequ
 """Runs that others start from; exports stand in for them."""
 SEEING_RUNS = {
     "digits": "digits",
+    "digits_cold": "digits",
     "llava_connector": "digits",
     "qwen_vl_align": "digits_resampler",
     "qwen_vl_multitask": "digits_resampler",
@@ -86,6 +87,7 @@ SEEING_RUNS = {
 WORLD_FILES = (
     *(f"arithmetic/{name}" for name in ("cold_start", "prompts", "pairs", "held_out", "held_out_pairs")),
     *(f"digits/{name}" for name in ("train", "held_out", "blind", "blind_held_out", "captions", "captions_held_out")),
+    *(f"digits/{name}" for name in ("pairs", "held_out_pairs")),
     *(f"preferences/{name}" for name in ("spelling", "sorting", "fractions", "sums", "held_out")),
 )
 """What scripts/prepare_arithmetic.py, prepare_preferences.py and prepare_digits.py make."""

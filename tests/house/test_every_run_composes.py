@@ -133,6 +133,7 @@ def test_conf_has_no_key_that_the_dataclasses_lack() -> None:
         tree = section("run", option)
         tree.pop("defaults", None)
         unknown = keys_of(tree, "run." if option == "default" else "") - legal
+        unknown = {key for key in unknown if not key.startswith("rollout.rewards[].arguments.")}  # the function's own
         assert not unknown, f"conf/run/{option}.yaml: {sorted(unknown)}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -85,6 +86,17 @@ def test_pairs_are_a_right_and_a_wrong_answer(tmp_path: Path) -> None:
     first = (folder / "sums.jsonl").read_bytes()
     prepare_preferences.prepare(tmp_path, count=12, held_out=4, seed=3)
     assert (folder / "sums.jsonl").read_bytes() == first
+
+
+def test_a_pair_about_a_digit_is_its_answer_and_that_about_another() -> None:
+    draw = random.Random(0)
+    for channel, (_, answer) in prepare_digits.QUESTIONS.items():
+        for digit in range(10):
+            row = prepare_digits.conversation("a.png", channel, digit)
+            made = prepare_digits.pair(row, draw)
+            right, wrong = (made[side][0]["content"] for side in ("chosen", "rejected"))  # pyright: ignore
+            assert right == answer(digit) != wrong and wrong in {answer(each) for each in range(10)}
+            assert [*made["prompt"], *made["chosen"]] == row["messages"] and made["images"] == ["a.png"]  # pyright: ignore
 
 
 def test_captions_tell_which_digits_a_picture_shows_and_how_they_lie(
