@@ -196,6 +196,9 @@ def _length(cfg: RunConfig, world_size: int) -> list[Problem]:
     if wanted <= most or most < 1:
         return []
     reason = f"is longer than the model's positions reach: model.max_seq_len={most}"
+    if cfg.model.compares:  # they are learnt, so weights that were trained have no more
+        more = "" if cfg.init_from is not None else f" or model.max_seq_len={wanted}"
+        return [Problem("data.seq_len", wanted, reason, f"data.seq_len={most}{more}")]
     longer = f"model.max_seq_len={wanted}"
     if cfg.init_from is not None:
         trained = cfg.model.rope.original_max_seq_len or most

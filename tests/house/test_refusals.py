@@ -124,6 +124,7 @@ REFUSALS = [
     ("stage=clip", ["stage.name = clip", "model.family=llama does not", "model=tiny_clip"]),
     ("model=tiny_clip", ["model.family = clip", "stage.name=sft needs a decoder", "stage=clip"]),
     (f"{PAIRS} data.global_batch_rows=1 data.micro_batch_rows=1", ["no other to be told from", "rows=64"]),
+    ("model=tiny_clip stage=clip data.seq_len=65", ["model.max_seq_len=64", "data.seq_len=64 or model.max_seq_len=65"]),
     (f"{PAIRS} parallel=tp2", ["parallel.sequence_parallel = true", "parallel.sequence_parallel=false"]),
     (f"{PAIRS} parallel=pp2", ["makes stages of a decoder", "try: parallel.pp=1"]),
     (f"{PAIRS} parallel=cp2", ["parallel.cp = 2", "try: parallel.cp=1"]),
