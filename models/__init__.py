@@ -68,5 +68,6 @@ def _preparations(folder: Path) -> dict[str, Any]:
             with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # then they are prepared by default
                 found[name] = json.loads(file.read_text(encoding="utf-8"))
     whole = found.pop("processor_config", {})
+    whole = whole if isinstance(whole, dict) else {}
     inner = {"preprocessor_config": "image_processor", "video_preprocessor_config": "video_processor"}
     return found | {name: whole[part] for name, part in inner.items() if isinstance(whole.get(part), dict)}

@@ -14,6 +14,7 @@ Commands in a conversation (a message that begins with / needs a space before it
   /help                     these lines
   /set KEY=VALUE ...        change settings: /set temperature=0.7 top_p=0.9 max_new_tokens=512
   /image PATH               show a picture with the next question (again for another); <image> in it says where
+  /video PATH               show a video: an animation, or a folder of frames; <video> in the question says where
   /system TEXT              set the system prompt; alone, take it away
   /show                     model, settings, and the tokens used
   /retry                    answer the last question anew
@@ -49,7 +50,7 @@ class Terminal:
         self.talk, self.about, self.typed = talk, about, sys.stdin.isatty()
         self.commands = {
             "help": self.help, "set": self.set, "system": self.system, "show": self.show, "retry": self.retry,
-            "undo": self.undo, "reset": self.reset, "image": self.image,
+            "undo": self.undo, "reset": self.reset, "image": self.image, "video": self.video,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -140,6 +141,12 @@ class Terminal:
         self.talk.show(path)
         say(f"(shown with the next question: {', '.join(self.talk.images)})")
 
+    def video(self, path: str) -> None:
+        if not path:
+            raise ValueError("/video needs the path of an animation or of a folder of frames")
+        self.talk.show(path, video=True)
+        say(f"(shown with the next question: {', '.join(self.talk.videos)})")
+
     def system(self, text: str) -> None:
         self.talk.set_system(text or None)
         say("(the system prompt is set)" if text else "(the system prompt is taken away)")
@@ -160,6 +167,7 @@ class Terminal:
     def undo(self, _: str) -> None:
         say(f"(taken back: {self.talk.undo()})")
         self.talk.images.clear()
+        self.talk.videos.clear()
 
     def reset(self, _: str) -> None:
         self.talk.reset()
@@ -190,6 +198,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the checkpoint")
     parser.add_argument("--prompt", help="one question; without it a conversation starts")
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="shown with the first question")
+    parser.add_argument("--video", action="append", default=[], metavar="PATH", help="as --image; see /video")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default), 1 = the model's own")
@@ -230,6 +239,8 @@ def open_talk(args: argparse.Namespace) -> tuple[Conversation, str]:
     talk = Conversation(Dialogue(generator), found.render, given, args.system, eyes=found.eyes)
     for path in args.image:
         talk.show(path)
+    for path in args.video:
+        talk.show(path, video=True)
     return talk, about
 
 

@@ -27,7 +27,9 @@ TEXT = ModelConfig("llama", 61, 32, 48, 2, 4, 2, 8, 256, init_std=0.3)
 CLIP = TowerConfig("clip", 32, 64, 2, 4, 7, 28, 1e-5, "quick_gelu", -1)
 QWEN = TowerConfig("qwen2_vl", 32, 64, 2, 4, 7, None, 1e-6, "quick_gelu", frames=2)
 NEXT = ImageConfig(mode="anyres", grids=((28, 56), (56, 28), (56, 56)), newline=True)
-NATIVE = ImageConfig(mode="native", min_pixels=28 * 28, max_pixels=56 * 56)
+NATIVE = ImageConfig(
+    mode="native", min_pixels=28 * 28, max_pixels=56 * 56, video_min_pixels=28 * 28, video_max_pixels=56 * 56
+)
 MODELS = {
     "llava": replace(TEXT, vision=VisionConfig("llava", CLIP, ProjectorConfig("mlp"), ImageConfig())),
     "next": replace(TEXT, vision=VisionConfig("llava_next", CLIP, ProjectorConfig("mlp"), NEXT)),

@@ -11,7 +11,7 @@ from typing import Any
 
 from data.chat import Render
 from data.formats import RowError
-from data.pictures.rows import MARK
+from data.pictures.rows import MARK, VIDEO_MARK
 from models.generation import Request, SamplingConfig, Sight, sampling_config
 from models.generation.config import Finish
 from models.generation.dialogue import Dialogue
@@ -62,6 +62,8 @@ class Conversation:
     eyes: Eyes = BLIND
     images: list[str] = field(default_factory=list)
     """Paths of the pictures that the next question shows."""
+    videos: list[str] = field(default_factory=list)
+    """Of its videos: animations, and folders of frames."""
 
     def __post_init__(self) -> None:
         self.sampling = _sampling(self.given)
@@ -93,17 +95,19 @@ class Conversation:
                 raise ValueError("the chat template has no place for a system prompt; say it in the first message")
         self.system = text
 
-    def show(self, path: str) -> None:
-        """Show a picture with the next question; `<image>` says where in it, else pictures come first.
+    def show(self, path: str, video: bool = False) -> None:
+        """Show a picture, or a video, with the next question; `<image>` and `<video>` say where in it, else they come
+        first.
 
         Raises:
             ValueError: it cannot be used, or the model sees none.
         """
+        mark, field, shown = (VIDEO_MARK, "videos", self.videos) if video else (MARK, "images", self.images)
         try:
-            self.eyes.look({"prompt": MARK, "images": [path]}, ".")
+            self.eyes.look({"prompt": mark, field: [path]}, ".")
         except RowError as error:
             raise ValueError(f"{error}".replace("the row has pictures, but ", "")) from error
-        self.images.append(path)
+        shown.append(path)
 
     def tokens(self) -> int:
         """Tokens of all that was said and shown."""
@@ -118,9 +122,10 @@ class Conversation:
             ValueError: the chat template refuses it.
         """
         asked: Message = {"role": "user", "content": question}
-        if self.images:
-            marks = "" if MARK in question else MARK * len(self.images) + "\n"
-            asked = {"role": "user", "content": marks + question, "images": [*self.images]}
+        kinds = (("images", MARK, self.images), ("videos", VIDEO_MARK, self.videos))
+        first = "".join(mark * len(paths) for _, mark, paths in kinds if mark not in question)
+        asked["content"] = f"{first}\n{question}" if first else question
+        asked |= {name: [*paths] for name, _, paths in kinds if paths}
         prompt, sight = self._tokens([*self._messages(), asked], True)
         if len(prompt) >= self.context:
             raise TooLong(
@@ -146,6 +151,7 @@ class Conversation:
             if text or finish is not None:
                 self.turns += [asked, {"role": "assistant", "content": text}]
                 self.images.clear()
+                self.videos.clear()
             self.last = Answer(len(prompt), tokens, finish, first - began, time.perf_counter() - began)
 
     def undo(self) -> str:
@@ -156,7 +162,8 @@ class Conversation:
         """
         if not self.turns:
             raise ValueError("nothing was said yet")
-        question, self.images = self.turns[-2]["content"], self.turns[-2].get("images", [])
+        question, asked = self.turns[-2]["content"], self.turns[-2]
+        self.images, self.videos = ([*asked.get(name, ())] for name in ("images", "videos"))
         del self.turns[-2:]
         return question
 
@@ -164,6 +171,7 @@ class Conversation:
         """Forget what was said; settings and system prompt stay."""
         self.turns.clear()
         self.images.clear()
+        self.videos.clear()
 
     def _messages(self) -> list[Message]:
         return [*([{"role": "system", "content": self.system}] if self.system is not None else []), *self.turns]
@@ -176,10 +184,10 @@ class Conversation:
 
     def _tokens(self, messages: list[Message], ask: bool) -> tuple[list[int], Sight | None]:
         tokenizer: Any = self.dialogue.generator.tokenizer
-        images = [path for message in messages for path in message.get("images", ())]
-        said = [{key: value for key, value in message.items() if key != "images"} for message in messages]
+        shown = {name: [path for each in messages for path in each.get(name, ())] for name in ("images", "videos")}
+        said = [{key: value for key, value in message.items() if key not in shown} for message in messages]
         try:
-            row, seen = self.eyes.look({"messages": said, "images": images}, ".")
+            row, seen = self.eyes.look({"messages": said, **shown}, ".")
             text = self._written(row["messages"], ask)
             return self.eyes.shown(tokenizer.encode(text, add_special_tokens=False), seen)
         except RowError as error:

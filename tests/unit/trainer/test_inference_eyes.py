@@ -130,10 +130,10 @@ def test_a_conversation_keeps_its_pictures(folder: Path) -> None:
     talk = Conversation(Dialogue(generator), render, {"max_new_tokens": 4}, eyes=eyes)
 
     def alone() -> str | None:
-        images = [path for turn in talk.turns for path in turn.get("images", ())]
+        shown = {name: [path for turn in talk.turns for path in turn.get(name, ())] for name in ("images", "videos")}
         said = [{"role": turn["role"], "content": turn["content"]} for turn in talk.turns[:-1]]
         asking = Asking({"max_new_tokens": 4}, False, True, eyes)
-        request = Prompter(tokenizer, render, eyes).request(asking.asked({"images": images, "messages": said}, 1))
+        request = Prompter(tokenizer, render, eyes).request(asking.asked(shown | {"messages": said}, 1))
         return generator.generate([request])[0].text
 
     asked = [("a", "What?", "<image>\nWhat?"), ("b", "<image>?", "<image>?"), ("", "So?", "So?")]
@@ -143,6 +143,14 @@ def test_a_conversation_keeps_its_pictures(folder: Path) -> None:
         answer = "".join(talk.answer(question))
         assert talk.turns[-2]["content"] == written and not talk.images
         assert answer == talk.turns[-1]["content"] == alone()
+    (folder / "frames").mkdir()
+    for number in range(3):
+        (folder / "frames" / f"{number}.png").write_bytes((folder / "a.png").read_bytes())
+    talk.show(str(folder / "frames"), video=True)
+    answer = "".join(talk.answer("Moves it?"))
+    assert talk.turns[-2]["content"] == "<video>\nMoves it?" and answer == alone() and not talk.videos
+    assert talk.undo().startswith("<video>") and talk.videos == [str(folder / "frames")]
+    talk.videos.clear()
     talk.undo()
     assert talk.undo() == "<image>?" and talk.images == [str(folder / "b.png")]
     with pytest.raises(ValueError, match="cannot be opened"):
