@@ -36,7 +36,7 @@ CONTENDERS = [
     ),
 ]
 AGREE = 1e-3
-"""Losses of the last step may differ by this share: the decay of biases and norms is the contenders' own."""
+"""Losses of the last step may differ by this share: sums in another order, some thirty steps long."""
 
 
 def products(folder: Path) -> float:

@@ -21,7 +21,8 @@ def main() -> None:
     ranks, data = LauncherRanks.read(), Path(args.data)
     usual = loom.overrides(data, str(data / f"loom-{os.getppid()}"), schedule)
     command = [
-        *(word for word in usual if not word.startswith(("model=", "data.tokenizer="))),
+        *(word for word in usual if not word.startswith(("model=", "data.tokenizer=", "optim.weight_decay="))),
+        "optim.weight_decay=0.0",  # what is decayed differs; without it losses agree with the peer's
         "model=hf",
         f"init_from={data / 'start'}",
         f"data.tokenizer={data / 'start'}",

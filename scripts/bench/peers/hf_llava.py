@@ -75,6 +75,8 @@ def main() -> None:
     samples, look = picture_load.read(folder), Looker(folder, args.ready)
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder / "start", attn_implementation="sdpa").train()
     update = plain.optimizer(model)
+    for group in update.param_groups:
+        group["weight_decay"] = 0.0  # Loom spares norms and biases; without any decay losses can be compared
     for step in range(schedule.total):
         mine = [samples[(step * args.samples + i) % len(samples)] for i in range(args.samples)]
         learnt = sum(len(sample.ids) - sample.prompt for sample in mine)
