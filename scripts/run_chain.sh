@@ -6,6 +6,7 @@
 #   bash scripts/run_chain.sh llava             a model that sees: the connector alone, then it and the decoder
 #   bash scripts/run_chain.sh qwen_vl           tower and resampler, everything, conversations with the tower as it is
 #   bash scripts/run_chain.sh internvl          an MLP from captions in tiles, then everything
+#   bash scripts/run_chain.sh blip2             a Q-Former's own first stage, then it before a decoder
 #   bash scripts/run_chain.sh arithmetic_sft arithmetic_gspo -- run.threads=2      runs by name; behind -- words for all
 # Started again it goes on where it stopped: a run that is done has nothing to do. PROCESSES=4 takes so many, not 2.
 # To see whether a chain runs at all:
@@ -16,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=() words=()
 while (($#)); do
     case "$1" in
-        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "scripts/run_chain.sh"; exit 0 ;;
+        -h | --help) sed -n '2,13s/^# \{0,1\}//p' "scripts/run_chain.sh"; exit 0 ;;
         --) shift; words=("$@"); break ;;
         r1) runs+=(arithmetic_sft arithmetic_grpo) ;;
         instructgpt) runs+=(arithmetic_sft arithmetic_reward arithmetic_ppo_reward) ;;
@@ -24,12 +25,13 @@ while (($#)); do
         llava) runs+=(digits llava_connector llava_instruct) ;;
         qwen_vl) runs+=(digits qwen_vl_align qwen_vl_multitask qwen_vl_chat) ;;
         internvl) runs+=(digits internvl_warmup internvl_instruct) ;;
+        blip2) runs+=(blip2_stage1 blip2_stage2) ;;
         *) runs+=("$1") ;;
     esac
     shift
 done
 ((${#runs[@]})) || {
-    printf 'run_chain: name a chain (r1, instructgpt, zephyr, llava, qwen_vl, internvl) or runs of conf/run/\n' >&2
+    printf 'run_chain: name a chain (r1, instructgpt, zephyr, llava, qwen_vl, internvl, blip2) or runs of conf/run/\n' >&2
     exit 2
 }
 for run in "${runs[@]}"; do
@@ -50,7 +52,7 @@ processes="${PROCESSES:-2}"
 launch=(python)
 ((processes == 1)) || launch=(torchrun --standalone --nproc_per_node "$processes")
 if [[ "${runs[*]}" == *arithmetic_* && ! -d assets/arithmetic ]]; then python scripts/prepare_arithmetic.py; fi
-if [[ "${runs[*]}" == *digits* && ! -d assets/digits ]]; then python scripts/prepare_digits.py; fi
+if [[ "${runs[*]}" =~ digits|blip2_ && ! -d assets/digits ]]; then python scripts/prepare_digits.py; fi
 for run in "${runs[@]}"; do
     printf '\n== %s\n' "$run"
     "${launch[@]}" train.py run="$run" ${words[@]+"${words[@]}"}

@@ -34,11 +34,13 @@ from trainer.context import local_part
 from trainer.itself import frozen_start, itself, start_in_words
 from trainer.logging.log import Log
 from trainer.loop import on_device
+from trainer.matching import Matching
 from trainer.preparation import Preparation, Scorer, reference_forward
 from trainer.stages import DpoConfig, Stage
 from trainer.stages.clip import Clip
 from trainer.stages.dpo import Dpo
 from trainer.stages.kto import Kto
+from trainer.stages.qformer import QFormerStage
 
 AT_ONCE = 16
 """Micro-batches scored together when all are scored once."""
@@ -96,6 +98,8 @@ def preparation(
         return Preparation(stage, groups, engine, reference, others)
     if isinstance(stage, Clip):
         return Comparing(stage, groups, engine)
+    if isinstance(stage, QFormerStage):
+        return Matching(stage, groups, engine, cfg.run.seed)
     return lambda batches, rows: batches
 
 

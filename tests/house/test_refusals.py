@@ -17,6 +17,7 @@ from trainer.door import load, preflight, strip_launcher_args
 START = ("data.sources=[{path: chats.jsonl}]", "data.tokenizer=assets/smollm2-135m-instruct", "run.steps=100")
 SMOL = "init_from=assets/smollm2-135m-instruct"
 PAIRS = "model=tiny_clip stage=clip data.seq_len=64"
+QFORMER = "model=tiny_blip2_itm stage=qformer data.seq_len=64"
 CPU = Machine(gpu=False, flash_attn=False)
 Compose = Callable[..., DictConfig]
 
@@ -130,6 +131,12 @@ REFUSALS = [
     (f"{PAIRS} parallel=cp2", ["parallel.cp = 2", "try: parallel.cp=1"]),
     (f"{PAIRS} adapter=lora", ["adapter.name = lora", "pair of encoders", "adapter=none"]),
     (f"{PAIRS} stage.loss=sigmoid stage.label_smoothing=0.1", ["yes or no", "stage.label_smoothing=0"]),
+    ("stage=qformer", ["stage.name = qformer", "a model of family bert"]),
+    (f"{QFORMER} stage.first_word=512", ["model.vocab_size=512", "stage.first_word=511, or null"]),
+    (f"{QFORMER} stage.label_smoothing=1", ["at least 0 and below 1", "stage.label_smoothing=0.1"]),
+    (f"{QFORMER} optim.parts.decoder.last_layers=1", ["share theirs with the queries", "last_layers=null"]),
+    (f"{QFORMER} model.vision.connector.num_heads=2", ["share their layers", "try: model.num_heads=2"]),
+    (f"{QFORMER} model.vision.format=clip", ["family bert is no clip", "model.vision.format=blip2_itm"]),
     # adapters
     ("adapter=loraa", ["conf/adapter has no such option", "adapter=lora"]),
     ("adapter=lora adapter.targets=[qproj]", ["adapter.targets[0] = qproj", "did you mean q_proj?"]),

@@ -11,6 +11,7 @@ from trainer.stages.kto import Kto
 from trainer.stages.next_token import NextToken, NextTokenConfig
 from trainer.stages.policy_config import PolicyConfig
 from trainer.stages.ppo import PpoConfig
+from trainer.stages.qformer import QFormerStage, QFormerStageConfig
 from trainer.stages.reward import Reward, RewardConfig
 
 __all__ = [
@@ -20,13 +21,14 @@ __all__ = [
     "NextTokenConfig",
     "PolicyConfig",
     "PpoConfig",
+    "QFormerStageConfig",
     "RewardConfig",
     "Stage",
     "StageConfig",
     "build_stage",
 ]
 
-StageConfig = NextTokenConfig | RewardConfig | DpoConfig | PpoConfig | GrpoConfig | ClipConfig
+StageConfig = NextTokenConfig | RewardConfig | DpoConfig | PpoConfig | GrpoConfig | ClipConfig | QFormerStageConfig
 """The stage section: one of these, by its name."""
 
 
@@ -41,6 +43,8 @@ def build_stage(cfg: StageConfig, num_channels: int, cp: Axis = ALONE) -> Stage:
         return Reward(cfg, num_channels, cp)
     if isinstance(cfg, ClipConfig):
         return Clip(cfg, num_channels)
+    if isinstance(cfg, QFormerStageConfig):
+        return QFormerStage(cfg, num_channels)
     if isinstance(cfg, DpoConfig):
         return (Kto if cfg.loss == "kto" else Dpo)(cfg, num_channels, cp)
     return NextToken(num_channels)

@@ -26,7 +26,7 @@ def chain(
     return done.returncode, [line.split("|")[:-1] for line in said if "train.py" in line], done.stderr
 
 
-@pytest.mark.parametrize("name", ["r1", "instructgpt", "zephyr", "llava", "qwen_vl", "internvl"])
+@pytest.mark.parametrize("name", ["r1", "instructgpt", "zephyr", "llava", "qwen_vl", "internvl", "blip2"])
 def test_every_run_of_a_chain_starts_from_an_earlier_one(tmp_path: Path, name: str) -> None:
     code, calls, _ = chain(tmp_path, name)
     assert code == 0
