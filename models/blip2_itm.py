@@ -1,5 +1,6 @@
 """BLIP-2 as it is after the Q-Former's own first stage (Li et al. 2023, section 3.2): tower and Q-Former with its text
-side, without a decoder. Hugging Face's Blip2ForImageTextRetrieval, which compares and matches.
+side, without a decoder. Hugging Face's Blip2ForImageTextRetrieval, which compares and matches; with another tower than
+BLIP-2's own (`vision.format` loom) the same names, and a config.json of type `loom_vlm`.
 
 Writing needs a head over the words that its folders do not have, and training a temperature: they are written beside,
 under BERT's and CLIP's names, and fresh where a folder lacks them.
@@ -10,9 +11,10 @@ from typing import Any
 
 from models.blip2 import QFORMER, both, parts_of, qformer_rules, sections_of
 from models.config import ModelConfig, Problem
+from models.hf_config import required
 from models.llava import canonical, images_of
 from models.rules import Rename, Rule, Scalar, Tie, Unused
-from models.seeing import always
+from models.seeing import LOOM, always, vision_in, vision_out
 from models.vision.config import QFormerConfig, VisionConfig
 from models.vision.rules import tower_rules
 
@@ -24,14 +26,21 @@ HEAD = "cls.predictions."
 
 
 def is_pair(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json of type `blip-2` is that of such a model."""
+    """Whether a config.json of type `blip-2` or `loom_vlm` is that of such a model."""
     return ARCHITECTURE in (config.get("architectures") or ())
 
 
 def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
     """Our sizes from the content of a config.json."""
-    tower, own = parts_of(config)
-    text = TEXT | dict(config["qformer_config"])
+    if config["model_type"] == LOOM:
+        vision = vision_in(config)
+        text = TEXT | dict(required(config, "text_config"))
+    else:
+        tower, own = parts_of(config)
+        vision = VisionConfig("blip2_itm", tower, own, images_of(config, mode="fixed", fit="squash"))
+        text = TEXT | dict(config["qformer_config"])
+    own = vision.connector
+    assert isinstance(own, QFormerConfig)
     return ModelConfig(
         family="bert",
         vocab_size=text["vocab_size"],
@@ -44,20 +53,23 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
         max_seq_len=text["max_position_embeddings"],
         norm_eps=own.norm_eps,
         init_std=float(text["initializer_range"]),
-        vision=VisionConfig("blip2_itm", tower, own, images_of(config, mode="fixed", fit="squash")),
+        vision=vision,
     )
 
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
     """The content of a config.json."""
     assert cfg.vision is not None
-    sections = sections_of(cfg.vision)
-    sections["qformer_config"] |= {
-        "use_qformer_text_input": True,
+    text = {
         "vocab_size": cfg.vocab_size,
         "max_position_embeddings": cfg.max_seq_len,
         "initializer_range": cfg.init_std,
     }
+    if cfg.vision.format == "loom":
+        sections = {"text_config": {"model_type": "bert"} | text} | vision_out(cfg.vision)
+        return {"model_type": LOOM, "architectures": [ARCHITECTURE]} | sections
+    sections = sections_of(cfg.vision)
+    sections["qformer_config"] |= {"use_qformer_text_input": True} | text
     return {"model_type": "blip-2", "architectures": [ARCHITECTURE]} | sections
 
 
@@ -93,8 +105,10 @@ def problems(cfg: ModelConfig) -> list[Problem]:
     """Settings that its checkpoints cannot express, or the text side cannot be."""
     vision = cfg.vision
     assert vision is not None
-    fixed = {"tower.kind": "blip2", "tower.feature_layer": -1, "tower.final_norm": True, "tower.keep_class": True}
-    found = always(cfg, fixed | {"connector.name": "qformer", "images.mode": "fixed"})
+    fixed: dict[str, Any] = {"connector.name": "qformer", "images.mode": "fixed"}
+    if vision.format == "blip2_itm":
+        fixed |= {"tower.kind": "blip2", "tower.feature_layer": -1, "tower.final_norm": True, "tower.keep_class": True}
+    found = always(cfg, fixed)
     if not isinstance(vision.connector, QFormerConfig):
         return found
     shared = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "norm_eps")

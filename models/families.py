@@ -36,6 +36,8 @@ def family_of(cfg: ModelConfig) -> Family:
     """The family whose checkpoints hold the whole model."""
     if cfg.vision is None:
         return TEXT_FAMILIES[cfg.family]
+    if cfg.family == "bert":
+        return blip2_itm
     return SEEING[MODEL_TYPES.get(cfg.vision.format, cfg.vision.format)]
 
 

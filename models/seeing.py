@@ -20,6 +20,8 @@ from models.vision.eyes import Connection
 from models.vision.rules import tower_rules
 from parallel.sharding import SINGLE
 
+LOOM = "loom_vlm"
+"""The model_type of their config.json."""
 R = TypeVar("R", bound=Rule | Tie | Unused)
 CONNECTORS = (
     parts.ProjectorConfig,
@@ -34,10 +36,14 @@ CONNECTORS = (
 
 def from_hf_config(config: Mapping[str, Any]) -> ModelConfig:
     """Our sizes from the content of a config.json of type `loom_vlm`."""
+    return dataclasses.replace(decoder_of(config), vision=vision_in(config))
+
+
+def vision_in(config: Mapping[str, Any]) -> VisionConfig:
+    """What such a config.json says of tower, connector and pictures."""
     keys = {"tower": "vision_config", "connector": "connector_config", "images": "images"}
     given = {"format": "loom", "cross": config.get("cross_config")}
-    vision = vision_of(given | {ours: required(config, theirs) for ours, theirs in keys.items()})
-    return dataclasses.replace(decoder_of(config), vision=vision)
+    return vision_of(given | {ours: required(config, theirs) for ours, theirs in keys.items()})
 
 
 def vision_of(given: Mapping[str, Any]) -> VisionConfig:
@@ -55,8 +61,12 @@ def vision_of(given: Mapping[str, Any]) -> VisionConfig:
 
 def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
     """The content of a config.json of type `loom_vlm`."""
-    vision = cfg.vision
-    assert vision is not None
+    assert cfg.vision is not None
+    return {"model_type": LOOM, "text_config": text_config(cfg)} | vision_out(cfg.vision)
+
+
+def vision_out(vision: VisionConfig) -> dict[str, Any]:
+    """Tower, connector and pictures as sections of such a config.json."""
     sections: dict[str, Any] = {
         "vision_config": vision.tower,
         "connector_config": vision.connector,
@@ -64,8 +74,7 @@ def to_hf_config(cfg: ModelConfig) -> dict[str, Any]:
     }
     if vision.cross is not None:
         sections["cross_config"] = vision.cross
-    own = {name: dataclasses.asdict(section) for name, section in sections.items()}
-    return {"model_type": "loom_vlm", "text_config": text_config(cfg)} | own
+    return {name: dataclasses.asdict(section) for name, section in sections.items()}
 
 
 def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:

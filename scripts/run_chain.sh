@@ -6,7 +6,7 @@
 #   bash scripts/run_chain.sh llava             a model that sees: the connector alone, then it and the decoder
 #   bash scripts/run_chain.sh qwen_vl           tower and resampler, everything, conversations with the tower as it is
 #   bash scripts/run_chain.sh internvl          an MLP from captions in tiles, then everything
-#   bash scripts/run_chain.sh blip2             a Q-Former's own first stage, then it before a decoder
+#   bash scripts/run_chain.sh blip2             CLIP for a tower, a Q-Former's own first stage, then it before a decoder
 #   bash scripts/run_chain.sh arithmetic_sft arithmetic_gspo -- run.threads=2      runs by name; behind -- words for all
 # Started again it goes on where it stopped: a run that is done has nothing to do. PROCESSES=4 takes so many, not 2.
 # To see whether a chain runs at all:
@@ -25,7 +25,7 @@ while (($#)); do
         llava) runs+=(digits llava_connector llava_instruct) ;;
         qwen_vl) runs+=(digits qwen_vl_align qwen_vl_multitask qwen_vl_chat) ;;
         internvl) runs+=(digits internvl_warmup internvl_instruct) ;;
-        blip2) runs+=(blip2_stage1 blip2_stage2) ;;
+        blip2) runs+=(digits_clip blip2_stage1 blip2_stage2) ;;
         *) runs+=("$1") ;;
     esac
     shift

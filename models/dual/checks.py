@@ -23,7 +23,7 @@ ONLY_DECODERS = (
 )
 """Settings that a text encoder does not read: it has learnt positions, and biases everywhere."""
 FORMATS = {"clip": "clip", "siglip": "siglip", "bert": "blip2_itm"}
-"""The `vision.format` of each family."""
+"""The `vision.format` of each family. A Q-Former may also read any other tower: loom."""
 
 
 def pair_problems(cfg: ModelConfig, tower: Mapping[str, object]) -> list[Problem]:
@@ -78,9 +78,10 @@ def misplaced(cfg: ModelConfig) -> list[Problem]:
             return []
         reason = f"a model of family {cfg.family} compares texts with pictures"
         return [("vision", None, reason, "a section model.vision (see conf/model/tiny_clip.yaml)")]
-    if cfg.compares and vision.format != FORMATS[cfg.family]:
+    if cfg.compares and vision.format != FORMATS[cfg.family] and (cfg.family, vision.format) != ("bert", "loom"):
         reason = f"a model of family {cfg.family} is no {vision.format}"
-        return [("vision.format", vision.format, reason, f"model.vision.format={FORMATS[cfg.family]}")]
+        way = f"model.vision.format={FORMATS[cfg.family]}" + (" or loom" if cfg.family == "bert" else "")
+        return [("vision.format", vision.format, reason, way)]
     if not cfg.compares and vision.format in FORMATS.values():
         reason = f"is a text encoder beside a tower, and model.family={cfg.family} is a decoder"
         family = next(name for name, form in FORMATS.items() if form == vision.format)

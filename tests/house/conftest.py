@@ -82,6 +82,7 @@ SEEING_RUNS = {
     "qwen_vl_align": "digits_resampler",
     "qwen_vl_multitask": "digits_resampler",
     "internvl_warmup": "digits_tiles",
+    "digits_clip": "digits_clip",
     "blip2_stage1": "digits_blip2_itm",
 }
 """And those that see, with their models."""

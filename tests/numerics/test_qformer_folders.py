@@ -19,7 +19,7 @@ from convert.to_hf import export
 from data.batch import collate
 from models.config import ModelConfig
 from models.init import InitSource
-from models.vision.config import QFormerConfig
+from models.vision.config import QFormerConfig, TowerConfig
 from parallel.materialise import TensorSource, materialise
 from parallel.sharding import SINGLE
 from tests.qformer_cases import TINY, documents, model
@@ -123,3 +123,26 @@ def test_the_next_stage_takes_tower_and_queries_and_only_its_own_layer_is_fresh(
     torch.testing.assert_close(
         similarities(said, read.text_NP), similarities(read.image_NQP, read.text_NP), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_another_tower_goes_out_and_comes_back_and_runs(tmp_path: Path, kind: Any) -> None:
+    """Format loom: any tower under the same names; its features are read as its own kind gives them."""
+    assert TINY.vision is not None
+    tower = TowerConfig(kind, 16, 24, 2, 2, 4, 12, 1e-6, feature_layer=-2, keep_class=kind == "clip")
+    cfg = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, format="loom", tower=tower))
+    assert not models.problems(cfg)
+    first = filled(cfg, InitSource(cfg, 3))
+    folder = export(tmp_path / "out", cfg, ((name, param.detach()) for name, param in first.named_parameters()))
+    opened = open_hf(folder)
+    assert opened.cfg == cfg
+    again = dict(filled(cfg, source_of(opened)).named_parameters())
+    assert all(torch.equal(param, again[name]) for name, param in first.named_parameters())
+    batch = collate(documents(0))
+    assert batch.pictures is not None
+    with torch.no_grad():
+        told = first(**batch.inputs)
+        features = first.vision(batch.pictures.patches_PX, batch.pictures.grids)
+        assert len(features) == 8 * (9 + tower.keep_class)
+        other = dataclasses.replace(batch.pictures, patches_PX=batch.pictures.patches_PX.flip(0))
+        assert not torch.equal(told.image_NQP, first(**(batch.inputs | {"pictures": other})).image_NQP)

@@ -65,7 +65,8 @@ def pairs(data: pipeline.TrainingData, tokenizer: Any) -> dict[bytes, str]:
 
 
 def shown(image: Any, cfg: Any) -> bytes:
-    patches_PX: torch.Tensor = patches_of(image, plan(*image.size, cfg), cfg)
+    width, height = image.size
+    patches_PX: torch.Tensor = patches_of(image, plan(width, height, cfg), cfg)
     return patches_PX.numpy().tobytes()
 
 

@@ -32,6 +32,9 @@ class Asked:
         self.taken.append((position, count))
         return [Prompt(n, 0, "all", (1, 2), "", None, {}) for n in range(position, position + count)]
 
+    def shown(self, prompts: Sequence[Prompt]) -> list[Any]:
+        return []
+
     def collect(self, prompts: Sequence[Prompt], writer: Any, step: int, evaluation: bool = False) -> list[Rollout]:
         return [_rollout(p, s, float(s if p.number % self.good == 0 else 1)) for p in prompts for s in (0, 1)]
 
