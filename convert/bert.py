@@ -15,9 +15,9 @@ from typing import Any
 from convert.boxes import Tensors
 from convert.from_hf import Folder
 from convert.hf_files import read_folder
-from models.blip2 import both
 from models.config import ModelConfig
 from models.rules import Concat, Rename, Rule
+from models.vision.qformer_rules import both
 
 SIZES = {
     "hidden_size": "hidden_size",

@@ -7,10 +7,11 @@ from typing import Any
 from models.config import ModelConfig, Problem
 from models.hf_config import required
 from models.llava import ACTIVATIONS, canonical, images_of, token_of, with_eyes
-from models.rules import Concat, Rename, Rule, Tie, Unused
+from models.rules import Rule, Tie, Unused
 from models.seeing import always, renamed, text_config
 from models.text_families import TEXT_FAMILIES
 from models.vision.config import QFormerConfig, TowerConfig, VisionConfig
+from models.vision.qformer_rules import both, qformer_rules
 from models.vision.rules import tower_rules
 
 __all__ = ["canonical", "from_hf_config", "problems", "rules", "to_hf_config"]
@@ -139,7 +140,6 @@ def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
     vision = cfg.vision
     assert vision is not None and isinstance(vision.connector, QFormerConfig)
     yield from tower_rules(vision.tower, "vision_model.")
-    yield Rename("connector.body.queries", "query_tokens")
     yield from qformer_rules(vision.connector)
     yield from both("connector.body.proj", "language_projection")
     yield from (renamed(rule, "language_model.") for rule in TEXT_FAMILIES[cfg.family].rules(cfg))
@@ -149,28 +149,3 @@ def problems(cfg: ModelConfig) -> list[Problem]:
     """Settings that BLIP-2's checkpoints cannot express."""
     fixed = {"tower.kind": "blip2", "tower.feature_layer": -1, "tower.final_norm": True, "tower.keep_class": True}
     return always(cfg, fixed | {"connector.name": "qformer", "images.mode": "fixed"})
-
-
-def both(ours: str, hf: str) -> Iterator[Rule]:
-    """Weight and bias under another name."""
-    for kind in ("weight", "bias"):
-        yield Rename(f"{ours}.{kind}", f"{hf}.{kind}")
-
-
-def qformer_rules(cfg: QFormerConfig) -> Iterator[Rule]:
-    """Every tensor of a Q-Former's queries, but for these themselves and the layer to a decoder."""
-    yield from both("connector.body.norm", "qformer.layernorm")
-    for i in range(cfg.num_layers):
-        own, theirs = f"connector.body.layers.{i}.", f"qformer.encoder.layer.{i}."
-        reads = {"cross": "crossattention"} if i % cfg.cross_every == 0 else {}
-        for ours, hf in ({"attn": "attention"} | reads).items():
-            inner = f"{theirs}{hf}.attention."
-            yield from both(f"{own}{ours}.q", f"{inner}query")
-            for kind in ("weight", "bias"):
-                yield Concat(f"{own}{ours}.kv.{kind}", (f"{inner}key.{kind}", f"{inner}value.{kind}"),
-                             (cfg.hidden_size,) * 2)  # fmt: skip
-            yield from both(f"{own}{ours}.out", f"{theirs}{hf}.output.dense")
-            yield from both(f"{own}{ours}_norm", f"{theirs}{hf}.output.LayerNorm")
-        yield from both(f"{own}mlp.up", f"{theirs}intermediate_query.dense")
-        yield from both(f"{own}mlp.down", f"{theirs}output_query.dense")
-        yield from both(f"{own}mlp_norm", f"{theirs}output_query.LayerNorm")

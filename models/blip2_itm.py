@@ -9,13 +9,14 @@ under BERT's and CLIP's names, and fresh where a folder lacks them.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from models.blip2 import QFORMER, both, parts_of, qformer_rules, sections_of
+from models.blip2 import QFORMER, parts_of, sections_of
 from models.config import ModelConfig, Problem
 from models.hf_config import required
 from models.llava import canonical, images_of
 from models.rules import Rename, Rule, Scalar, Tie, Unused
 from models.seeing import LOOM, always, vision_in, vision_out
 from models.vision.config import QFormerConfig, VisionConfig
+from models.vision.qformer_rules import both, qformer_rules
 from models.vision.rules import tower_rules
 
 __all__ = ["canonical", "from_hf_config", "may_lack", "problems", "rules", "to_hf_config"]
@@ -77,7 +78,6 @@ def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
     """Every tensor of the model."""
     assert cfg.vision is not None and isinstance(cfg.vision.connector, QFormerConfig)
     yield from tower_rules(cfg.vision.tower, "vision_model.")
-    yield Rename("connector.body.queries", "query_tokens")
     yield from qformer_rules(cfg.vision.connector)
     yield Rename("text.words.weight", "embeddings.word_embeddings.weight")
     yield Rename("text.positions.weight", "embeddings.position_embeddings.weight")

@@ -1,7 +1,8 @@
 """Models that see whose parts were never put together elsewhere: Loom's own names and config.json, of type `loom_vlm`.
 
 The decoder's tensors are called as its family calls them behind `language_model.`, the tower's as its own behind
-`vision_tower.`, the connector's as here. The parts of a config.json that all models that see share stand here too.
+`vision_tower.`, a Q-Former's as BLIP-2's, other connectors' as here. The parts of a config.json that all models that
+see share stand here too.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from models.text_families import TEXT_FAMILIES
 from models.vision import config as parts
 from models.vision.config import CrossConfig, ImageConfig, TowerConfig, VisionConfig
 from models.vision.eyes import Connection
+from models.vision.qformer_rules import qformer_rules
 from models.vision.rules import tower_rules
 from parallel.sharding import SINGLE
 
@@ -82,7 +84,10 @@ def rules(cfg: ModelConfig) -> Iterator[Rule | Tie | Unused]:
     vision = cfg.vision
     assert vision is not None
     yield from tower_rules(vision.tower, "vision_tower.")
-    yield from (Rename(name, name) for name in connector_names(cfg))
+    known = list(qformer_rules(vision.connector)) if isinstance(vision.connector, parts.QFormerConfig) else []
+    named = {rule.ours for rule in known}
+    yield from known
+    yield from (Rename(name, name) for name in connector_names(cfg) if name not in named)
     yield from (renamed(rule, "language_model.") for rule in TEXT_FAMILIES[cfg.family].rules(cfg))
 
 

@@ -126,11 +126,13 @@ def test_the_next_stage_takes_tower_and_queries_and_only_its_own_layer_is_fresh(
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_another_tower_goes_out_and_comes_back_and_runs(tmp_path: Path, kind: Any) -> None:
+def test_another_tower_goes_out_and_comes_back_and_a_decoder_goes_on_from_it(tmp_path: Path, kind: Any) -> None:
     """Format loom: any tower under the same names; its features are read as its own kind gives them."""
     assert TINY.vision is not None
     tower = TowerConfig(kind, 16, 24, 2, 2, 4, 12, 1e-6, feature_layer=-2, keep_class=kind == "clip")
+    assert isinstance(TINY.vision.connector, QFormerConfig)
     cfg = dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, format="loom", tower=tower))
+    assert cfg.vision is not None
     assert not models.problems(cfg)
     first = filled(cfg, InitSource(cfg, 3))
     folder = export(tmp_path / "out", cfg, ((name, param.detach()) for name, param in first.named_parameters()))
@@ -146,3 +148,13 @@ def test_another_tower_goes_out_and_comes_back_and_runs(tmp_path: Path, kind: An
         assert len(features) == 8 * (9 + tower.keep_class)
         other = dataclasses.replace(batch.pictures, patches_PX=batch.pictures.patches_PX.flip(0))
         assert not torch.equal(told.image_NQP, first(**(batch.inputs | {"pictures": other})).image_NQP)
+    vision = dataclasses.replace(cfg.vision, connector=dataclasses.replace(TINY.vision.connector, width=256))
+    decoder = ModelConfig("llama", 64, 24, 32, 2, 2, 2, 12, 64, vision=vision)
+    start = Source(composed(decoder, {"vision": str(folder), "connector": str(folder)}, 5), decoder, 5)
+    start.check()
+    ours = dict(filled(decoder, start).named_parameters())
+    same = [name for name, param in first.named_parameters() if name in ours and torch.equal(param, ours[name])]
+    assert {name for name in ours if name.split(".")[0] in ("vision", "connector")} - set(same) == {
+        "connector.body.proj.weight",
+        "connector.body.proj.bias",
+    }
