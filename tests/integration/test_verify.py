@@ -22,6 +22,7 @@ from models import problems as model_problems
 from parallel.config import ParallelConfig
 from parallel.sharding import Cut, Shard
 from scripts import verify
+from scripts.params import load_model
 from tests import verify_cases
 from tests.pool import Pool
 from trainer.layouts import Layout
@@ -70,6 +71,8 @@ CLEAN = {
     "a model that sees, tp=2 with sequence parallel": ("model=llava_next_7b parallel=tp2", 2),
     "a native one, pp=2": ("model=tiny_qwen2_vl parallel.pp=2", 2),
     "queries, zero 3, dpo": ("model=tiny_blip2 engine=zero3 stage=dpo", 2),
+    "clip, zero 3": ("model=tiny_clip engine=zero3 stage=clip data.seq_len=64", 2),
+    "qformer, zero 3": ("model=tiny_blip2_itm engine=zero3 stage=qformer data.seq_len=64", 2),
     "ppo, ep=2": ("model=tiny_deepseek_v3 parallel.ep=2 stage=ppo stage.kl=loss stage.kl_estimator=k2", 2),
 }
 
@@ -214,15 +217,23 @@ LAYOUTS = (
     ParallelConfig(cp=2, context="ulysses"),
     ParallelConfig(pp=2, schedule="zbv"),
 )
+PAIRS = {
+    "clip": "stage=clip data.seq_len=64",
+    "siglip": "stage=clip stage.loss=sigmoid data.seq_len=64",
+    "bert": "stage=qformer data.seq_len=64",
+}
+"""The stages of families that compare pictures and texts."""
 KEPT = ("family", "qkv_bias", "qk_norm", "tied_embeddings", "mlp_bias", "attention_out_bias", "head")
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_shrinks_to_a_legal_one(model: str) -> None:
     """Small, of the same family, with the same options and the same way to be cut; legal where the asked one is."""
-    asked, _ = verify.load(f"model={model} data.seq_len=128 stage=pretrain engine.precision=bf16".split(), None)
+    family = load_model(model, []).family
+    stage = PAIRS.get(family, "stage=pretrain data.seq_len=128")
+    asked, _ = verify.load(f"model={model} {stage} engine.precision=bf16".split(), None)
     before, shrank = asked.model, 0
-    for layout in LAYOUTS:
+    for layout in [ParallelConfig(tp=2)] if family in PAIRS else LAYOUTS:
         world = processes_for(layout)
         given = dataclasses.replace(asked, parallel=layout)
         rows = dataclasses.replace(asked.data, global_batch_rows=64)

@@ -14,12 +14,14 @@ from trainer.comparing import Comparing
 from trainer.config import RunConfig
 from trainer.context import local_part
 from trainer.loop import on_device
+from trainer.matching import Matching
 from trainer.preparation import Preparation
 from trainer.stages import DpoConfig, PolicyConfig, Stage, build_stage
 from trainer.stages.clip import Clip
 from trainer.stages.dpo import Dpo
 from trainer.stages.kto import Kto
 from trainer.stages.policy import Policy
+from trainer.stages.qformer import QFormerStage
 from trainer.verify.rows import MadeUpRows
 
 
@@ -38,6 +40,8 @@ def preparation(
     own."""
     if isinstance(stage, Clip):
         return Comparing(stage, groups, engine)
+    if isinstance(stage, QFormerStage):
+        return Matching(stage, groups, engine, cfg.run.seed)
     if not isinstance(stage, Dpo | Kto):
         return lambda batches, step: batches
     assert isinstance(cfg.stage, DpoConfig)

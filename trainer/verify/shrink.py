@@ -13,7 +13,7 @@ from parallel.context import context_problems
 from parallel.schedules import next_micro_batches
 from trainer.config import RunConfig
 from trainer.stages import DpoConfig, PolicyConfig, PpoConfig, StageConfig
-from trainer.verify.shrink_vision import shrunk_sections, shrunk_vision
+from trainer.verify.shrink_vision import shrunk_sections, shrunk_vision, with_equal_sides
 
 STEPS = 3
 MOST_PROCESSES, CHEAP_PROCESSES = 8, 4
@@ -140,7 +140,7 @@ def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, s
         original_max_seq_len=None if original is None else max(8, round(original * shorter)),
         sections=shrunk_sections((mla.rope_dim if mla else head_dim) // 2) if model.rope.sections else (),
     )
-    return dataclasses.replace(
+    small = dataclasses.replace(
         model,
         vocab_size=min(model.vocab_size, VOCABULARY // tp * tp + model.vocab_size % tp),
         hidden_size=hidden,
@@ -158,6 +158,7 @@ def shrunk_model(model: ModelConfig, parallel: ParallelConfig, attention: Any, s
         vision=shrunk_vision(model.vision, heads) if model.vision else None,
         init_std=0.1,  # about 1 / sqrt(hidden): with the small values of large models attention would be even
     )
+    return with_equal_sides(small) if model.family == "bert" else small
 
 
 def _up(size: int, unit: int) -> int:

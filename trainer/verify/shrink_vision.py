@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from models.config import ModelConfig
 from models.vision.config import (
     ImageConfig,
     PerceiverConfig,
@@ -57,6 +58,14 @@ def shrunk_vision(vision: VisionConfig, decoder_heads: int) -> VisionConfig:
         cross = dataclasses.replace(cross, head_dim=min(cross.head_dim, HEAD), intermediate_size=inner)
     reader = dataclasses.replace(connector, **changed)
     return dataclasses.replace(vision, tower=small, connector=reader, images=images, cross=cross)
+
+
+def with_equal_sides(model: ModelConfig) -> ModelConfig:
+    """A Q-Former in its first stage whose queries have the sizes of its text side, as they share their layers."""
+    assert model.vision is not None
+    shared = {key: getattr(model, key) for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads")}
+    connector = dataclasses.replace(model.vision.connector, **shared)
+    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, connector=connector))
 
 
 def _shrunk_images(images: ImageConfig, tower: TowerConfig, small: TowerConfig, block: int) -> ImageConfig:
