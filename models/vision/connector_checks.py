@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from models.vision.config import Problem, VisionConfig
 
-MAY_BE_ZERO = ("vocab_size", "pad_id")
+MAY_BE_ZERO = ("pad_id",)
 
 
 def connector_problems(cfg: VisionConfig, width: int) -> list[Problem]:

@@ -156,7 +156,7 @@ def direct() -> tuple[dict[str, torch.Tensor], dict[str, float]]:
 def test_one_process_gives_the_gradient_of_the_whole_batch_as_one_graph(
     pool: Callable[[int], Pool], alone: dict[str, Any]
 ) -> None:
-    """The same pictures twice, captions twice: no negative is one of them, and every pair has one of each kind."""
+    """The same pictures twice, captions twice; every pair has a negative of each kind."""
     grads, losses = pool(1).run(direct)[0]
     found = alone
     assert distance(grads, found["grads"]) < 1e-5
