@@ -246,12 +246,12 @@ def train(
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Largest difference between two sets of tensors, relative to the largest value of the tensor; of single numbers
-    (gates), whose gradients are thousands of terms that cancel, to the largest of them all."""
+    """Largest difference between two sets of tensors, relative to the largest value of the tensor; of gates, single
+    numbers whose gradients are thousands of terms that cancel, to that of all gates."""
     assert a.keys() == b.keys()
     largest = {name: float(tensor.detach().abs().max()) for name, tensor in a.items()}
-    singles = max((largest[name] for name in a if a[name].numel() == 1), default=0.0)
-    scale = {name: singles if a[name].numel() == 1 else largest[name] for name in a}
+    gates = max((value for name, value in largest.items() if name.endswith("_gate")), default=0.0)
+    scale = {name: gates if name.endswith("_gate") else value for name, value in largest.items()}
     return max(float((a[n] - b[n]).detach().abs().max()) / max(scale[n], 1e-12) for n in a)
 
 
